@@ -1,0 +1,212 @@
+"""The data module: which clips a step trains on, as a pure function of the step, so that training resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import lightning as L
+import numpy as np
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from reelm.data.clip import Clip
+
+
+class ClipSource(Protocol):
+    """What every dataset of clips offers."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None) -> Clip:
+        """One clip; `frames` and `controls` override what the dataset was built with."""
+
+    def caption(self, index: int, frames: int | None = None) -> str:
+        """The caption that `get` would return, without decoding or rendering."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clips that are asked for and trained on together: of one task, one length, with the same controls.
+
+    weight: how often a step is of this group, relative to the others; `schedule(progress)`, where given, overrides it
+        with a number for each point of the training, progress running from 0 to 1.
+    batch: batch size relative to the module's (an image group can take several times as many).
+    """
+
+    name: str
+    weight: float = 1.0
+    frames: int | None = None
+    controls: tuple[str, ...] = ()
+    batch: float = 1.0
+    schedule: Callable[[float], float] | None = None
+
+    def share(self, progress: float) -> float:
+        return self.weight if self.schedule is None else self.schedule(progress)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample that a batch asks for."""
+
+    index: int
+    group: Group
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The clips of one step and the name of their group."""
+
+    name: str
+    clip: Clip
+
+    def to(self, *args, **kwargs) -> Batch:
+        return Batch(self.name, self.clip.to(*args, **kwargs))
+
+
+class Requested(Dataset):
+    """A dataset indexed by `Request`."""
+
+    def __init__(self, source: ClipSource) -> None:
+        self.source = source
+
+    def __getitem__(self, request: Request) -> tuple[str, Clip]:
+        group = request.group
+        return group.name, self.source.get(request.index, frames=group.frames, controls=group.controls)
+
+
+def collate(samples: list[tuple[str, Clip]]) -> Batch:
+    return Batch(samples[0][0], Clip.stack([clip for _, clip in samples]))
+
+
+class GroupedBatches:
+    """Batches of one group and of similar caption length, each a pure function of (seed, step).
+
+    A window of `WINDOW` batches is drawn at a time from one group, sorted by caption length and dealt out in random
+    order, so that text padding stays small without any state beyond the step. Passes over the data are permutations:
+    no clip comes twice before every clip came once.
+    """
+
+    WINDOW = 4
+
+    def __init__(
+        self,
+        source: ClipSource,
+        groups: Sequence[Group],
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        length: Callable[[str], int] = len,
+    ) -> None:
+        if not groups or len(source) == 0:
+            raise ValueError("nothing to train on: the data source is empty" if groups else "no group to train on")
+        self.source, self.groups, self.batch_size, self.steps = source, tuple(groups), batch_size, steps
+        self.seed, self.rank, self.ranks, self.length = seed, rank, ranks, length
+        self._permutation: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> _Position:
+        return _Position(self)
+
+    def _shuffled(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.source))
+        if self._permutation is None or self._permutation[0] != epoch:
+            order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
+            self._permutation = (epoch, order)
+        return int(self._permutation[1][offset])
+
+    def window(self, number: int) -> list[list[Request]]:
+        """The batches of steps `number * WINDOW` and following, for this rank."""
+        rng = np.random.default_rng((self.seed, 2, number))
+        progress = min(number * self.WINDOW / max(self.steps, 1), 1.0)
+        shares = np.array([group.share(progress) for group in self.groups])
+        group = self.groups[rng.choice(len(shares), p=shares / shares.sum())]
+        size = max(1, round(self.batch_size * group.batch)) * self.ranks
+        most = max(round(self.batch_size * max(g.batch for g in self.groups)), 1) * self.ranks
+        first = number * self.WINDOW * most  # positions are spaced by the largest window, so none comes twice
+        indices = [self._shuffled(first + i) for i in range(self.WINDOW * size)]
+        indices.sort(key=lambda i: self.length(self.source.caption(i, group.frames)))
+        order = rng.permutation(self.WINDOW)
+        batches = [indices[k * size : (k + 1) * size] for k in order]
+        return [[Request(index, group) for index in batch[self.rank :: self.ranks]] for batch in batches]
+
+
+class _Position(Iterator):
+    """Where a pass over `GroupedBatches` stands; its state is the step."""
+
+    def __init__(self, batches: GroupedBatches) -> None:
+        self.batches, self.step = batches, 0
+        self._window: tuple[int, list[list[Request]]] | None = None
+
+    def __next__(self) -> list[Request]:
+        if self.step >= self.batches.steps:
+            raise StopIteration
+        number, offset = divmod(self.step, GroupedBatches.WINDOW)
+        if self._window is None or self._window[0] != number:
+            self._window = (number, self.batches.window(number))
+        self.step += 1
+        return self._window[1][offset]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class ClipData(L.LightningDataModule):
+    """Loaders over any source of clips.
+
+    Args:
+        train, validation: datasets of clips (`ClipSource`).
+        batch_size: clips a step on each process.
+        workers: loader processes.
+        seed: of the order of clips and groups.
+        validation_clips: how many clips of `validation` are looked at.
+
+    The module that trains sets `groups` (and `text_length`) in its `setup`; by default there is one group of whole
+    clips.
+    """
+
+    def __init__(
+        self,
+        train: ClipSource,
+        validation: ClipSource,
+        batch_size: int = 16,
+        workers: int = 0,
+        seed: int = 0,
+        validation_clips: int = 64,
+    ) -> None:
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.validation_clips = validation_clips
+        self.groups: Sequence[Group] = (Group("clip"),)
+        self.text_length: Callable[[str], int] = len
+
+    def _loader(self, source: ClipSource, steps: int, seed: int, workers: int) -> StatefulDataLoader:
+        trainer = self.trainer
+        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        batches = GroupedBatches(
+            source, self.groups, self.batch_size, steps, seed, rank=rank, ranks=ranks, length=self.text_length
+        )
+        return StatefulDataLoader(
+            Requested(source), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+            prefetch_factor=4 if workers else None, persistent_workers=False,
+        )  # fmt: skip
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """An endless stream for practical purposes: as many batches as the trainer's `max_steps` asks for."""
+        trainer = self.trainer
+        steps = trainer.max_steps if trainer is not None and trainer.max_steps > 0 else len(self.train) // self.batch_size
+        accumulate = trainer.accumulate_grad_batches if trainer is not None else 1
+        return self._loader(self.train, max(steps, 1) * accumulate, self.seed, self.workers)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        steps = max(1, self.validation_clips // self.batch_size)
+        return self._loader(self.validation, steps, seed=0, workers=0)

@@ -1,0 +1,159 @@
+"""What happens around the steps of a training run: exact resume, saving on SIGTERM, exporting, samples to look at."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from reelm.data.writing import write_contact_sheet
+from reelm.engine import store
+
+LAST = "last.ckpt"
+
+
+class Checkpoint(Callback):
+    """Saves everything that an exact continuation needs, every so often and on SIGTERM.
+
+    Lightning's checkpoints hold weights, optimiser, schedule, averages and the loader's position, but no random state:
+    that is added here. A save happens between optimiser steps only, and the new file replaces the old one at once.
+
+    Args:
+        folder: where `last.ckpt` is kept.
+        minutes: time between saves.
+        every_steps: saves by steps instead, where given.
+    """
+
+    def __init__(self, folder: str | Path, minutes: float = 5.0, every_steps: int | None = None) -> None:
+        self.folder, self.minutes, self.every_steps = Path(folder), minutes, every_steps
+        self.terminated = False
+        self._random: dict[str, Any] | None = None
+        self._saved_at, self._saved_step = time.monotonic(), -1
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._saved_at = time.monotonic()
+
+        def stop(*_: Any) -> None:
+            self.terminated = True
+
+        try:
+            self._previous = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread: somebody else looks after signals
+            self._previous = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        if self._random is not None:  # only now have the loaders been built, which draw random numbers too
+            random.setstate(_tuple(self._random["python"]))
+            kind, keys, *rest = self._random["numpy"]
+            np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+            torch.set_rng_state(self._random["torch"])
+            if torch.cuda.is_available() and self._random["cuda"]:
+                torch.cuda.set_rng_state_all(self._random["cuda"])
+            self._random = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if (index + 1) % trainer.accumulate_grad_batches:
+            return
+        terminated = self.terminated
+        if trainer.world_size > 1:  # all ranks must agree, or one waits for the others for ever
+            terminated = trainer.strategy.reduce_boolean_decision(terminated, all=False)
+        step = trainer.global_step
+        if self.every_steps:
+            due = step % self.every_steps == 0 and step != self._saved_step
+        else:
+            due = time.monotonic() - self._saved_at > 60 * self.minutes
+            if trainer.world_size > 1:
+                due = trainer.strategy.broadcast(due)
+        if due or terminated or step >= trainer.max_steps:
+            trainer.save_checkpoint(self.folder / LAST)
+            self._saved_at, self._saved_step = time.monotonic(), step
+        if terminated:
+            self.terminated = True
+            rank_zero_info(f"SIGTERM: saved step {step} to {self.folder / LAST}; the same command with resume=true continues")
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        kind, keys, *rest = np.random.get_state()
+        checkpoint["random"] = {
+            "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random = checkpoint.get("random")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+class FiniteLoss(Callback):
+    """Stops before the update when the loss is not finite, and names the batch."""
+
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: torch.Tensor) -> None:
+        if not torch.isfinite(loss):
+            keys = getattr(module, "batch_keys", ())
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {trainer.global_step} (clips {', '.join(keys[:4])}...); "
+                "the weights are those of the step before"
+            )
+
+
+class Export(Callback):
+    """Writes the model as a folder, and samples of it as contact sheets, at each validation.
+
+    Comes before weight averaging in the list of callbacks, so that what is written are the averaged weights.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            module.export(self.folder / "model", step=trainer.global_step)
+            sheet = module.sample_sheet()
+            if sheet is not None:
+                clips, labels = sheet
+                write_contact_sheet(self.folder / "samples" / f"{trainer.global_step:07d}.png", clips, labels=labels)
+                for logger in trainer.loggers:
+                    if hasattr(logger.experiment, "add_video"):
+                        logger.experiment.add_video(
+                            "samples", (clips.transpose(1, 2) + 1) / 2, trainer.global_step, fps=8
+                        )
+
+
+class Progress(Callback):
+    """One line a while on the log, for runs without a terminal: step, speed, and what is logged."""
+
+    def __init__(self, every: int = 50) -> None:
+        self.every = every
+        self._time, self._step = 0.0, 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 and step != self._step and trainer.is_global_zero:
+            now = time.monotonic()
+            rate = (step - self._step) / (now - self._time) if self._time else 0.0
+            self._time, self._step = now, step
+            values = {k.removeprefix("train/"): float(v) for k, v in trainer.callback_metrics.items()}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"step {step}/{trainer.max_steps}  {rate:.2f} steps/s  {shown}", flush=True)

@@ -1,0 +1,38 @@
+"""A user's mistake becomes one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
+            FloatingPointError, MemoryError, OSError)  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line_errors(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a program; its mistakes print one line. `REELM_TRACEBACK=1` shows where they came from."""
+
+    @functools.wraps(program)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return program(*args, **kwargs)
+        except MISTAKES as error:
+            if os.environ.get("REELM_TRACEBACK"):
+                raise
+            print(f"error: {first_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return run

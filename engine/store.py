@@ -1,0 +1,153 @@
+"""Models as folders: `config.json` + `model.safetensors`, nothing in which can run code.
+
+A model's configuration is its constructor's arguments, which it keeps as attributes of the same names (the convention
+of scikit-learn's estimators), so `describe(model)` needs no help from whoever built it and `build` is its inverse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ALLOWED = ("reelm.tokenizers.", "reelm.lm.", "reelm.tasks.")
+
+
+def describe(value: Any) -> Any:
+    """The JSON description of a model, or of one of its constructor's arguments."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    kind = type(value)
+    config = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
+    for name in list(inspect.signature(kind.__init__).parameters)[1:]:
+        config[name] = describe(getattr(value, name))
+    return config
+
+
+def build(config: Any) -> Any:
+    """The object that `describe` described. Only classes of this package's model folders can be named."""
+    if isinstance(config, list):
+        return [build(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    arguments = {key: build(item) for key, item in config.items() if key != "_target_"}
+    if "_target_" not in config:
+        return arguments
+    target = str(config["_target_"])
+    module, _, name = target.rpartition(".")
+    if not target.startswith(ALLOWED) or not name.isidentifier():
+        raise ValueError(f"the model's config names {target}; only classes of {', '.join(ALLOWED)} may be loaded")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"the model's config names {target}, which this version of reelm does not have") from None
+    if not inspect.isclass(kind) or kind.__module__ != module:
+        raise ValueError(f"the model's config names {target}, which is not a class of reelm")
+    return kind(**arguments)
+
+
+def write_file(path: Path, write) -> None:
+    """Writes by `write(temporary path)` and renames: the final name never holds half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _packed(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    if dtype not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"weights are saved as float32, bfloat16 or int8; got {dtype}")
+    packed = {}
+    for name, weight in weights.items():
+        weight = weight.detach().cpu().contiguous()
+        if dtype == "int8" and weight.ndim >= 2:
+            # symmetric, one scale a row (output channel)
+            rows = weight.float().flatten(1)
+            scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
+            packed[name] = (rows / scale).round().to(torch.int8).view(weight.shape).contiguous()
+            packed[f"{name}.scale"] = scale.squeeze(1)
+        elif dtype != "float32" and weight.is_floating_point() and weight.ndim >= 2:
+            packed[name] = weight.to(torch.bfloat16)
+        else:
+            packed[name] = weight.clone()
+    return packed
+
+
+def save(model: nn.Module, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
+    """Writes the folder; `dtype` float32, bfloat16 or int8 (rows scaled; vectors stay float32)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model": describe(model), "notes": notes or {}}
+    write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
+    packed = _packed(model.state_dict(), dtype)
+    write_file(folder / "model.safetensors", lambda p: save_file(packed, p))
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no model at {folder}: {path.name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not a JSON file; was it cut off? Write the model again") from None
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(f"{path} does not describe a reelm model")
+    return config
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The model of a folder, in float32 and eval mode."""
+    try:
+        model = build(read_config(folder)["model"])
+    except TypeError as error:
+        raise ValueError(f"the config of {folder} does not fit this version of reelm: {error}") from None
+    load_weights(model, Path(folder) / "model.safetensors")
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fills a model from a safetensors file written by `save`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights at {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    weights = {}
+    for name, weight in stored.items():
+        if weight.dtype == torch.int8:
+            scale = stored[f"{name}.scale"]
+            weight = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
+        if not (name.endswith(".scale") and stored.get(name[: -len(".scale")], weight).dtype == torch.int8):
+            weights[name] = weight.float() if weight.is_floating_point() else weight
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds weights of another model: {str(error).splitlines()[-1].strip()}") from None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's description and weights, to tell which tokenizer made which tokens."""
+    digest = hashlib.sha256(json.dumps(describe(model), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        # bfloat16 rounding absorbs what storage does to the weights only where storage is bfloat16; int8 is saved once
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""Training of the video tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reelm.data.module import Batch
+from reelm.engine import store
+from reelm.engine.optimisation import Optimisation
+
+
+class TokenizerTraining(L.LightningModule):
+    """Reconstruction, commitment and entropy terms (MAGVIT-v2, appendix A.2), and a perceptual term if one is given.
+
+    Args:
+        tokenizer: the model, such as `MAGVIT2`.
+        optimisation: learning rate and schedule.
+        perceptual: a module `(video, target) -> scalar` such as `reelm.tokenizers.perceptual.LPIPS`, or None.
+        reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
+        absolute: share of the L1 norm in the reconstruction term, the rest is L2.
+    """
+
+    metric = "val/psnr"  # what a sweep optimises
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        optimisation: Optimisation,
+        perceptual: nn.Module | None = None,
+        reconstruction_weight: float = 5.0,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
+        perceptual_weight: float = 0.1,
+        absolute: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.perceptual, self.optimisation = tokenizer, perceptual, optimisation
+        self.weights = {
+            "reconstruction": reconstruction_weight,
+            "commitment": commitment_weight,
+            "sample_entropy": entropy_weight,
+            "batch_entropy": -entropy_weight,
+            "perceptual": perceptual_weight,
+        }
+        self.absolute = absolute
+        self._seen: list[Tensor] = []
+
+    def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Named, unweighted terms; the reconstruction; the ids."""
+        reconstruction, ids, terms = self.tokenizer(video)
+        error = reconstruction.float() - video
+        terms["reconstruction"] = (1 - self.absolute) * error.square().mean() + self.absolute * error.abs().mean()
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction.float(), video)
+        return terms, reconstruction.detach(), ids
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        video, self.batch_keys = batch.clip.video, batch.clip.keys
+        terms, reconstruction, ids = self.losses(video)
+        loss = sum(self.weights[name] * value for name, value in terms.items())
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(video))
+        self.log("train/loss", loss.detach(), batch_size=len(video))
+        self.log("train/psnr", psnr(reconstruction, video).mean(), prog_bar=True, batch_size=len(video))
+        self.log("train/codes", float(ids.unique().numel()), prog_bar=True, batch_size=len(video))
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        video = batch.clip.video
+        reconstruction, ids, _ = self.tokenizer(video)
+        self._seen.append(ids.flatten().cpu())
+        self.log("val/psnr", psnr(reconstruction, video).mean(), prog_bar=True, batch_size=len(video), sync_dist=True)
+        if index == 0:
+            self._samples = torch.stack([video[:4], reconstruction[:4].float().clamp(-1, 1)], 1).flatten(0, 1)
+
+    def on_validation_epoch_end(self) -> None:
+        counts = torch.bincount(torch.cat(self._seen), minlength=2).float()
+        self._seen.clear()
+        share = counts[counts > 0] / counts.sum()
+        self.log("val/codes_used", float((counts > 0).sum()), sync_dist=True)
+        self.log("val/perplexity", float((-(share * share.log()).sum()).exp()), sync_dist=True)
+
+    def sample_sheet(self) -> tuple[Tensor, list[str]] | None:
+        """Clips and reconstructions in turn, with labels."""
+        return self._samples, ["clip", "reconstruction"] * (len(self._samples) // 2)
+
+    def export(self, folder: Path, step: int) -> None:
+        store.save(self.tokenizer, folder, notes={"step": step})
+
+    def configure_optimizers(self) -> dict:
+        return self.optimisation.configure(self, self.trainer.max_steps)
+
+
+def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each clip in dB, both in [-1, 1], the first clipped there: `(B,)`."""
+    error = F.mse_loss(reconstruction.float().clamp(-1, 1), video, reduction="none").flatten(1).mean(1)
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))

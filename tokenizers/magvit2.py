@@ -1,0 +1,210 @@
+"""The strictly causal 3-D CNN tokenizer of MAGVIT-v2 (https://arxiv.org/abs/2310.05737, section 3.2).
+
+Frame 0 depends on itself alone, latent frame k on pixel frames 0 .. k * temporal compression and no later one, so an
+image is a clip of one frame and the tokens of a prefix are the prefix of the tokens. Unlike public reproductions no
+normalisation looks at another frame. An optional Haar patch transform in front (as in Cosmos) makes the network
+several times cheaper; `patch=(1, 1, 1)` is the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Triple = tuple[int, int, int]
+
+
+def haar_basis(size: int) -> Tensor:
+    """Orthonormal 1-D Haar basis, rows from coarse to fine: `(size, size)`; size is a power of two."""
+    basis = torch.ones(1, 1)
+    while len(basis) < size:
+        coarse = torch.kron(basis, torch.tensor([[1.0, 1.0]]))
+        fine = torch.kron(torch.eye(len(basis)), torch.tensor([[1.0, -1.0]]))
+        basis = torch.cat([coarse, fine]) / math.sqrt(2)
+    return basis
+
+
+class HaarPatch(nn.Module):
+    """Pixels to Haar coefficients of `(pt, ph, pw)` patches and back, exactly invertible.
+
+    In time the first frame is repeated to fill the first patch, so `1 + pt * k` frames give `1 + k`; `inverse` drops
+    the repeats.
+    """
+
+    def __init__(self, patch: Triple) -> None:
+        super().__init__()
+        self.patch = patch
+        t, h, w = (haar_basis(p) for p in patch)
+        self.register_buffer("basis", torch.kron(t, torch.kron(h, w)), persistent=False)
+
+    def forward(self, video: Tensor) -> Tensor:  # (B, 3, T, H, W) -> (B, 3 * patch volume, T', H', W')
+        pt, ph, pw = self.patch
+        video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
+        patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b t h w c (pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return rearrange(patches @ self.basis.T.to(patches), "b t h w c p -> b (c p) t h w")
+
+    def inverse(self, x: Tensor) -> Tensor:
+        pt, ph, pw = self.patch
+        patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
+        video = rearrange(patches, "b t h w c (pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
+        return video[:, :, pt - 1 :]
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees no later frame: time is padded in front only, by repeating the first frame."""
+
+    def __init__(self, cin: int, cout: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = True) -> None:
+        super().__init__(cin, cout, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        front = self.kernel_size[0] - 1
+        if front:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, front, -1, -1), x], dim=2)
+        return super().forward(x)
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group normalisation of each frame by itself (a norm over time would let later frames speak to earlier ones)."""
+
+    def __init__(self, channels: int, groups: int = 8) -> None:
+        super().__init__(groups, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2)  # (B, T, C, H, W): with channels last this and the flatten below are views
+        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: norm, swish, conv, twice; 1x1x1 shortcut when the width changes."""
+
+    def __init__(self, cin: int, cout: int, kernel: Triple) -> None:
+        super().__init__()
+        self.norm1 = FrameNorm(cin)
+        self.conv1 = CausalConv3d(cin, cout, kernel, bias=False)
+        self.norm2 = FrameNorm(cout)
+        self.conv2 = CausalConv3d(cout, cout, kernel, bias=False)
+        self.shortcut = nn.Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Upsample(nn.Module):
+    """Depth to space (and time); the first `stride_t - 1` frames are dropped, mirroring the causal down-sampling."""
+
+    def __init__(self, cin: int, cout: int, kernel: Triple, stride: Triple) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = CausalConv3d(cin, cout * math.prod(stride), kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        st, sh, sw = self.stride
+        x = rearrange(self.conv(x), "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
+        return x[:, :, st - 1 :]
+
+
+class MAGVIT2(nn.Module):
+    """Causal video tokenizer.
+
+    Args:
+        quantizer: an object of `reelm.tokenizers.quantizers`.
+        channels: width of each resolution level, finest first.
+        strides: (time, height, width) down-sampling between consecutive levels, one fewer than levels.
+        blocks: residual blocks at each level.
+        kernels: convolution kernel (time, height, width) at each level.
+        patch: size of the Haar patches in front; (1, 1, 1) for none.
+    """
+
+    def __init__(
+        self,
+        quantizer: nn.Module,
+        channels: Sequence[int] = (128, 256, 256, 512),
+        strides: Sequence[Triple] = ((1, 2, 2), (2, 2, 2), (2, 2, 2)),
+        blocks: Sequence[int] = (4, 4, 4, 4),
+        kernels: Sequence[Triple] = ((3, 3, 3),) * 4,
+        patch: Triple = (1, 1, 1),
+    ) -> None:
+        super().__init__()
+        channels, strides, blocks, kernels = (list(x) for x in (channels, strides, blocks, kernels))
+        if not len(channels) == len(strides) + 1 == len(blocks) == len(kernels):
+            raise ValueError(
+                f"{len(channels)} channels ask for {len(channels) - 1} strides, {len(channels)} blocks and kernels; "
+                f"got {len(strides)}, {len(blocks)} and {len(kernels)}"
+            )
+        strides, kernels = [tuple(s) for s in strides], [tuple(k) for k in kernels]
+        self.channels, self.strides, self.blocks, self.kernels = channels, strides, blocks, kernels
+        self.patch = tuple(patch)
+        self.quantizer = quantizer
+        self.haar = HaarPatch(self.patch)
+        self.compression: Triple = tuple(p * math.prod(s[i] for s in strides) for i, p in enumerate(patch))
+        pixels = 3 * math.prod(patch)
+        top = channels[-1]
+
+        layers: list[nn.Module] = [CausalConv3d(pixels, channels[0], kernels[0], bias=False)]
+        width = channels[0]
+        for level, (cout, count, kernel) in enumerate(zip(channels, blocks, kernels)):
+            for _ in range(count):
+                layers.append(ResBlock(width, cout, kernel))
+                width = cout
+            if level < len(strides):
+                down = tuple(max(k, 2 if s > 1 else 1) if s > 1 else k for k, s in zip(kernel, strides[level]))
+                layers.append(CausalConv3d(width, width, down, strides[level]))
+        layers += [FrameNorm(top), nn.SiLU(), nn.Conv3d(top, quantizer.dim, 1)]
+        self.encoder = nn.Sequential(*layers)
+
+        layers = [CausalConv3d(quantizer.dim, top, kernels[-1])]
+        width = top
+        for level in reversed(range(len(channels))):
+            for _ in range(blocks[level]):
+                layers.append(ResBlock(width, channels[level], kernels[level]))
+                width = channels[level]
+            if level:
+                layers.append(Upsample(width, channels[level - 1], kernels[level - 1], strides[level - 1]))
+                width = channels[level - 1]
+        layers += [FrameNorm(width), nn.SiLU(), CausalConv3d(width, pixels, kernels[0])]
+        self.decoder = nn.Sequential(*layers)
+        self.to(memory_format=torch.channels_last_3d)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.quantizer.vocabulary
+
+    def grid(self, frames: int, height: int, width: int) -> Triple:
+        """Token grid of a clip; raises ValueError where the clip does not fit the compression."""
+        t, h, w = self.compression
+        if (frames - 1) % t or height % h or width % w:
+            raise ValueError(
+                f"a clip of {frames} frames of {height} x {width} does not fit this tokenizer: it takes 1 + {t}k frames "
+                f"of multiples of {h} x {w}"
+            )
+        return 1 + (frames - 1) // t, height // h, width // w
+
+    def encode_latents(self, video: Tensor) -> Tensor:
+        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, D, t, h, w)`."""
+        self.grid(*video.shape[2:])
+        return self.encoder(self.haar(video).contiguous(memory_format=torch.channels_last_3d))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Quantized latents to pixels, not clipped."""
+        return self.haar.inverse(self.decoder(latents.contiguous(memory_format=torch.channels_last_3d)))
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """`(B, 3, T, H, W)` to ids `(B, t, h, w)` int64."""
+        return self.quantizer(self.encode_latents(video))[1]
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids `(B, t, h, w)` to pixels in [-1, 1]."""
+        return self.decode_latents(self.quantizer.lookup(ids)).float().clamp(-1, 1)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstruction (not clipped), ids, and the quantizer's loss terms."""
+        quantized, ids, losses = self.quantizer(self.encode_latents(video))
+        return self.decode_latents(quantized), ids, losses
