@@ -1,0 +1,230 @@
+"""Token heads: how ids become vectors on the way in, and vectors ids on the way out.
+
+A head has its `embed`, `loss` and `sample` side by side, and the transformer does not know which head it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reelm.lm.vocabulary import SPECIAL, Vocabulary
+
+LOGITS_AT_ONCE = 1 << 26  # beyond these many, logits are made in chunks, and again in the backward pass
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothed and plain negative log-likelihood and correctness, `(N,)` float32 each, of logits `(N, V)`."""
+    log_probabilities = logits.float().log_softmax(-1)
+    plain = -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
+    smoothed = plain
+    if label_smoothing:
+        smoothed = (1 - label_smoothing) * plain - label_smoothing * log_probabilities.mean(-1)
+    right = (logits.detach().argmax(-1) == targets).float()
+    return smoothed, plain.detach(), right
+
+
+class Head(nn.Module):
+    """What heads share: the vectors of the ids that they do not predict, and the loss over those they do.
+
+    Args:
+        vocabulary: the id space.
+        width: size of the transformer's vectors.
+        offset: first id to predict.
+        size: number of ids to predict.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, width: int, offset: int, size: int) -> None:
+        super().__init__()
+        if size < 1 or offset < 0 or offset + size > vocabulary.size:
+            raise ValueError(f"ids {offset} to {offset + size - 1} are not all in a vocabulary of {vocabulary.size}")
+        self.vocabulary, self.width, self.offset, self.size = vocabulary, width, offset, size
+        self.others = nn.Embedding(vocabulary.size - size, width)
+        nn.init.normal_(self.others.weight, std=0.02)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Vectors `(B, L, width)` of ids `(B, L)` from anywhere in the vocabulary."""
+        codes = ids - self.offset
+        ours = (codes >= 0) & (codes < self.size)
+        others = torch.where(codes < 0, ids, ids - self.size).clamp(0, self.others.num_embeddings - 1)
+        return torch.where(ours[..., None], self.embed_codes(codes.clamp(0, self.size - 1)), self.others(others))
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Vectors of codes: ids counted from `offset`."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Scores `(..., V_k)` of each part of the next code."""
+        raise NotImplementedError
+
+    def split(self, codes: Tensor) -> tuple[Tensor, ...]:
+        """The parts of codes that `logits` scores."""
+        raise NotImplementedError
+
+    def join(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Codes from their parts."""
+        raise NotImplementedError
+
+    def loss(
+        self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy of the ids to predict, in nats an id, and what to log.
+
+        Args:
+            hidden: `(B, L, width)`; column i predicts the id of column i + 1.
+            ids: `(B, L)`.
+            mask: `(B, L)` bool or float: the ids to predict, or their weights; 0 where an id is not to be predicted.
+            label_smoothing: share of the target spread over all codes.
+        """
+        chosen = mask[:, 1:] != 0
+        weights = mask[:, 1:][chosen].float()
+        targets, hidden = self.split(ids[:, 1:][chosen] - self.offset), hidden[:, :-1][chosen]
+        rows = max(LOGITS_AT_ONCE // self.size_of_logits, 1)
+        if not len(hidden):
+            raise ValueError("no id of this batch is to be predicted; its loss mask is empty")
+        sums = []
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            arguments = (hidden[part], weights[part], label_smoothing, *(target[part] for target in targets))
+            sums.append(
+                self._sums(*arguments)
+                if len(hidden) <= rows or not torch.is_grad_enabled()
+                else checkpoint(self._sums, *arguments, use_reentrant=False)
+            )
+        smoothed, plain, right = torch.stack(sums).sum(0) / weights.sum()
+        return smoothed, {"nll": plain.detach(), "accuracy": right.detach()}
+
+    def _sums(self, hidden: Tensor, weights: Tensor, label_smoothing: float, *targets: Tensor) -> Tensor:
+        smoothed, plain, right = zip(
+            *(
+                cross_entropy(logits, target, label_smoothing)
+                for logits, target in zip(self.logits(hidden), targets, strict=True)
+            ),
+            strict=True,
+        )
+        whole = torch.stack(right).prod(0)  # a code is right when all its parts are
+        return torch.stack([(weights * value).sum() for value in (sum(smoothed), sum(plain), whole)])
+
+    @property
+    def size_of_logits(self) -> int:
+        return self.size
+
+    def sample(self, hidden: Tensor, sampler: Callable[[Tensor], Tensor]) -> Tensor:
+        """Ids drawn from the distribution after `hidden (N, width)`.
+
+        Args:
+            sampler: from logits `(N, V)` to choices `(M,)`; with guidance, M is half of N (sampling.py).
+        """
+        return self.join(tuple(sampler(logits.float()) for logits in self.logits(hidden))) + self.offset
+
+
+class Categorical(Head):
+    """A full softmax over a range of ids.
+
+    Args:
+        offset, size: the range; by default that of the visual ids.
+        bits: number of bits of a code where codes are bit patterns (lookup-free quantization), so that rare codes
+            learn from those that share their bits; 0: none.
+        tied: the same table for embedding and for scores.
+    """
+
+    signs: Tensor
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        width: int,
+        offset: int = SPECIAL,
+        size: int | None = None,
+        bits: int = 0,
+        tied: bool = False,
+    ) -> None:
+        super().__init__(vocabulary, width, offset, vocabulary.visual if size is None else size)
+        if bits and 1 << bits != self.size:
+            raise ValueError(f"{bits} bits make {1 << bits} codes, but the head predicts {self.size}; set head.bits=0")
+        self.bits, self.tied = bits, tied
+        self.table = nn.Embedding(self.size, width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.scores = None if tied else nn.Linear(width, self.size, bias=False)
+        if self.scores is not None:
+            nn.init.zeros_(self.scores.weight)
+        if bits:
+            self.bit_vectors = nn.Parameter(torch.randn(bits, width) * 0.02)
+            self.bit_scores = nn.Linear(width, bits, bias=False)
+            nn.init.zeros_(self.bit_scores.weight)
+            places = torch.arange(bits - 1, -1, -1)
+            signs = (torch.arange(self.size)[:, None] >> places & 1) * 2.0 - 1.0
+            self.register_buffer("signs", signs, persistent=False)  # (size, bits) in -1, 1
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        vectors = self.table(codes)
+        return vectors + self.signs[codes] @ self.bit_vectors if self.bits else vectors
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        scores = F.linear(hidden, self.table.weight if self.scores is None else self.scores.weight)
+        if self.bits:
+            scores = scores + F.linear(self.bit_scores(hidden), self.signs)
+        return (scores,)
+
+    def split(self, codes: Tensor) -> tuple[Tensor, ...]:
+        return (codes,)
+
+    def join(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return parts[0]
+
+
+class Factorized(Head):
+    """Codes of many bits as several sub-tokens (MAGVIT-v2, arXiv:2310.05737, section 3.2).
+
+    The vectors of the sub-tokens are summed; the scores of the sub-tokens are independent of each other, so 2^18
+    codes need two tables of 512 rows.
+
+    Args:
+        bits: bits of each sub-token, the highest first; together they number the codes.
+        tied: the same tables for embedding and for scores, as in the paper.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        width: int,
+        bits: tuple[int, ...] = (9, 9),
+        offset: int = SPECIAL,
+        tied: bool = True,
+    ) -> None:
+        bits = tuple(bits)
+        super().__init__(vocabulary, width, offset, 1 << sum(bits))
+        self.bits, self.tied = bits, tied
+        self.tables = nn.ModuleList(nn.Embedding(1 << n, width) for n in bits)
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=0.02)
+        self.scores = None if tied else nn.ModuleList(nn.Linear(width, 1 << n, bias=False) for n in bits)
+        for linear in self.scores or ():
+            nn.init.zeros_(linear.weight)
+
+    @property
+    def size_of_logits(self) -> int:
+        return sum(1 << n for n in self.bits)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        return sum(table(part) for table, part in zip(self.tables, self.split(codes), strict=True))
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.linear(hidden, module.weight) for module in self.scores or self.tables)
+
+    def split(self, codes: Tensor) -> tuple[Tensor, ...]:
+        parts = []
+        for n in reversed(self.bits):
+            parts.append(codes & ((1 << n) - 1))
+            codes = codes >> n
+        return tuple(reversed(parts))
+
+    def join(self, parts: tuple[Tensor, ...]) -> Tensor:
+        codes = torch.zeros_like(parts[0])
+        for n, part in zip(self.bits, parts, strict=True):
+            codes = codes << n | part
+        return codes

@@ -1,0 +1,96 @@
+"""`Sequence`: what the transformer sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """A batch of token sequences of one length and one prefix.
+
+    The columns before `prefix` see each other in both directions; the rest is causal. The number is the same for the
+    whole batch: short texts are filled up with ordinary `<pad>` tokens inside the prefix, so that no padding mask
+    exists anywhere.
+
+    ids: `(B, L)` int64 of the one id space (vocabulary.py).
+    positions: `(B, L, 3)` int64: time, row and column of each token. Text may count its words by negative times, so
+        that its places are not those of the video.
+    prefix: number of columns with attention in both directions.
+    loss: `(B, L)` bool: which ids are to be predicted (from the column before); none of them inside the prefix.
+        None: nothing is.
+    next_positions: `(B, L, 3)`: the place of the token that each column is to predict. None: that of the next column
+        (the last column repeats its own).
+    context: `(B, N, D)` embedded text for the N columns of each row whose id is `Special.text`, or None.
+    context_mask: `(B, N)` bool: which vectors of the context count. None: all.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    prefix: int
+    loss: Tensor | None = None
+    next_positions: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.positions.shape != (*self.ids.shape, 3):
+            raise ValueError(
+                f"ids are (B, L) and positions (B, L, 3); got {tuple(self.ids.shape)} and {tuple(self.positions.shape)}"
+            )
+        if not 0 <= self.prefix <= self.ids.shape[1]:
+            raise ValueError(f"a prefix of {self.prefix} columns does not fit a sequence of {self.ids.shape[1]}")
+        if self.loss is not None and self.loss.device.type == "cpu" and self.loss[:, : max(self.prefix, 1)].any():
+            raise ValueError(f"ids to predict lie inside the prefix of {self.prefix} columns, where they can be seen")
+        if self.next_positions is None:
+            following = torch.cat([self.positions[:, 1:], self.positions[:, -1:]], 1)
+            object.__setattr__(self, "next_positions", following)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def length(self) -> int:
+        """Number of columns."""
+        return self.ids.shape[1]
+
+    def replace(self, **changes) -> Sequence:
+        return replace(self, **changes)
+
+    def to(self, *args, **kwargs) -> Sequence:
+        """The same sequence with its tensors moved; a dtype applies to the context only."""
+
+        def move(value):
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_floating_point():
+                return value.to(*args, **kwargs)
+            device = torch._C._nn._parse_to(*args, **kwargs)[0]
+            return value if device is None else value.to(device)
+
+        return Sequence(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def __getitem__(self, rows: slice) -> Sequence:
+        """A batch of the chosen rows."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Sequence(**{n: v[rows] if isinstance(v, Tensor) else v for n, v in values.items()})
+
+    @staticmethod
+    def cat(parts: list[Sequence]) -> Sequence:
+        """One batch from several of the same length and prefix."""
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.length, part.prefix) != (first.length, first.prefix):
+                raise ValueError(
+                    f"sequences of one batch differ: {first.length} columns with a prefix of {first.prefix}, "
+                    f"{part.length} with {part.prefix}; fill the shorter text with <pad>"
+                )
+            if (part.context is None) != (first.context is None) or (part.context_mask is None) != (
+                first.context_mask is None
+            ):
+                raise ValueError("either all sequences of one batch have a context (and its mask) or none has")
+        tensors = (f.name for f in fields(Sequence) if isinstance(getattr(first, f.name), Tensor))
+        return first.replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})

@@ -1,0 +1,263 @@
+"""A decoder-only transformer over vectors. What ids mean, going in and coming out, is the head's matter (heads.py).
+
+Pre-norm blocks with RMSNorm, SwiGLU, grouped-query attention and QK-norm, as in Qwen3 (arXiv:2505.09388); rotary
+positions (arXiv:2104.09864) over one axis or over time, row and column.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelm.lm.attention import CHOICES, attention
+from reelm.lm.cache import Cache
+from reelm.lm.sequence import Sequence
+from reelm.lm.vocabulary import Special
+
+EPSILON = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Scales each vector to a root mean square of one, times a learned gain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, EPSILON)
+
+
+class Rotary(nn.Module):
+    """Rotary tables from positions, which are data.
+
+    Args:
+        dimension: size of a head; even.
+        axes: 1 counts columns; 3 gives each of time, row and column its share of the dimensions.
+        theta: the slowest pair turns about once in 2 pi theta places.
+    """
+
+    axis: Tensor
+    frequency: Tensor
+
+    def __init__(self, dimension: int, axes: int, theta: float) -> None:
+        super().__init__()
+        pairs = dimension // 2
+        shares = [pairs] if axes == 1 else [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+        axis = torch.cat([torch.full((share,), i) for i, share in enumerate(shares)])
+        frequency = torch.cat([theta ** -(torch.arange(share) / share) for share in shares])
+        self.register_buffer("axis", axis, persistent=False)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `(B, L, 1, D)` float32 of positions `(B, L, axes)`."""
+        angles = positions.float()[..., self.axis] * self.frequency
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).unsqueeze(2), torch.cat([-sin, sin], -1).unsqueeze(2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + D/2) of `x (B, L, heads, D)`; `sin` has the minus of the first half in it."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised, rotated queries and keys."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_width: int, backend: str) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width, self.backend = heads, kv_heads, head_width, backend
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
+        self.query_gain = nn.Parameter(torch.ones(head_width))
+        self.key_gain = nn.Parameter(torch.ones(head_width))
+        self.out = nn.Linear(heads * head_width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, prefix: int, cache: Cache | None = None, layer: int = 0
+    ) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, -1, self.head_width)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
+        gain = torch.cat([self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.kv_heads, -1)])
+        qk = F.rms_norm(qk, (self.head_width,), None, EPSILON) * gain.to(qk.dtype)
+        qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
+        q, k = qk.transpose(1, 2).split([self.heads, self.kv_heads], 1)  # (B, heads, L, D)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+            q = q.to(k.dtype)
+        y = attention(q, k, v, prefix, self.backend)
+        return self.out(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return self.out(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    def __init__(self, attention: Attention, mlp: SwiGLU, width: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(width), attention
+        self.mlp_norm, self.mlp = RMSNorm(width), mlp
+        self.dropout = dropout
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, prefix: int, cache: Cache | None = None, layer: int = 0
+    ) -> Tensor:
+        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, prefix, cache, layer))
+        x = x + self._drop(self.mlp(self.mlp_norm(x)))
+        return x
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+class Sites(nn.Module):
+    """Learned vectors for the place of the token to predict, so that wraps of the raster need not be guessed.
+
+    Args:
+        sizes: number of times, rows and columns that have vectors of their own; places beyond share the last.
+    """
+
+    def __init__(self, sizes: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.time, self.row, self.column = (nn.Embedding(size, width) for size in sizes)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        tables = (self.time, self.row, self.column)
+        places = (positions[..., i].clamp(0, table.num_embeddings - 1) for i, table in enumerate(tables))
+        time, row, column = (table(place) for table, place in zip(tables, places, strict=True))
+        return time + row + column
+
+
+class Transformer(nn.Module):
+    """Vectors in, vectors out, over a prefix seen in both directions and a causal rest.
+
+    With `rope="1d"` and `sites=None` it is shaped as Qwen3 is.
+
+    Args:
+        width: size of the vectors.
+        depth: number of blocks.
+        heads: query heads; the head dimension is width / heads.
+        kv_heads: heads of keys and values (fewer: grouped-query attention); None: as many as heads.
+        mlp_ratio: hidden size of the feed-forward layers over width, rounded up to a multiple of 64.
+        rope: "3d" turns by time, row and column of `Sequence.positions`; "1d" by the column's number.
+        theta: base of the rotary frequencies; about the largest distance that matters.
+        sites: sizes of the tables of next positions (`Sites`), or None for none.
+        dropout: on the outputs of the layers and on the input.
+        attention: backend (attention.py); "auto" suits.
+        context_width: size of embedded context vectors that are projected into `Special.text` columns; 0: none.
+    """
+
+    def __init__(
+        self,
+        width: int = 256,
+        depth: int = 8,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        mlp_ratio: float = 8 / 3,
+        rope: Literal["3d", "1d"] = "3d",
+        theta: float = 100.0,
+        sites: tuple[int, int, int] | None = (64, 64, 64),
+        dropout: float = 0.0,
+        attention: str = "auto",
+        context_width: int = 0,
+    ) -> None:
+        super().__init__()
+        if width % heads or width // heads % 2:
+            raise ValueError(f"width {width} must be a multiple of heads {heads}, by an even number")
+        if heads % (kv_heads or heads):
+            raise ValueError(f"heads {heads} must be a multiple of kv_heads {kv_heads}")
+        if rope not in ("3d", "1d") or (rope == "3d" and width // heads < 6):
+            raise ValueError(f"rope is 3d (with a head dimension of 6 or more) or 1d; got {rope} with {width // heads}")
+        if attention not in CHOICES:
+            raise ValueError(f"attention is one of {', '.join(CHOICES)}; got {attention}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout lies in [0, 1); got {dropout}")
+        self.width, self.depth, self.heads, self.kv_heads = width, depth, heads, kv_heads
+        self.mlp_ratio, self.rope, self.theta, self.dropout = mlp_ratio, rope, theta, dropout
+        self.sites, self.attention, self.context_width = sites, attention, context_width
+        head_width, hidden = width // heads, -int(-width * mlp_ratio // 64) * 64
+        self.rotary = Rotary(head_width, 1 if rope == "1d" else 3, theta)
+        self.site_tables = Sites(sites, width) if sites else None
+        self.context = nn.Linear(context_width, width, bias=False) if context_width else None
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(width, heads, kv_heads or heads, head_width, attention),
+                SwiGLU(width, hidden),
+                width,
+                dropout,
+            )
+            for _ in range(depth)
+        )
+        self.norm = RMSNorm(width)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:  # each block begins as the identity
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.out.weight)
+
+    def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
+        """Hidden states `(B, L, width)`; those of column i predict the token of column i + 1.
+
+        Args:
+            x: `(B, L, width)` vectors of the sequence's ids, as `head.embed(sequence.ids)` gives them.
+            sequence: where the tokens are; with a cache, the columns that follow those in it.
+            cache: keys and values of earlier columns; is given those of these columns too.
+        """
+        if sequence.context is not None:
+            x = self._place_context(x, sequence)
+        if self.site_tables is not None:
+            x = x + self.site_tables(sequence.next_positions)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        seen = cache.length if cache is not None else 0
+        if self.rope == "3d":
+            cos, sin = self.rotary(sequence.positions)
+        else:
+            cos, sin = self.rotary(torch.arange(seen, seen + x.shape[1], device=x.device)[None, :, None])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, sequence.prefix, cache, layer)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+    def _place_context(self, x: Tensor, sequence: Sequence) -> Tensor:
+        if self.context is None:
+            raise ValueError("the sequence has embedded text but the transformer no context_width; set lm.context_width")
+        batch, length, width = sequence.context.shape
+        slots = sequence.ids == Special.text
+        if width != self.context_width or slots.sum() != batch * length:
+            raise ValueError(
+                f"the embedded text is {tuple(sequence.context.shape)}; expected a width of {self.context_width} "
+                f"and one vector for each of the {int(slots.sum())} <text> tokens"
+            )
+        vectors = self.context(sequence.context).to(x.dtype)
+        if sequence.context_mask is not None:  # a vector that does not count leaves the token's own
+            own = x[slots].view(batch, length, -1)
+            vectors = torch.where(sequence.context_mask[..., None], vectors, own)
+        return x.masked_scatter(slots[..., None], vectors)
+
+    def new_cache(self, batch: int, columns: int, dtype: torch.dtype | None = None) -> Cache:
+        """An empty cache for `columns` columns of `batch` rows, where the weights are."""
+        weight = self.norm.weight
+        shape = (batch, self.kv_heads or self.heads, columns, self.width // self.heads)
+        return Cache(self.depth, shape, dtype or weight.dtype, weight.device)
