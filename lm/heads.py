@@ -8,24 +8,68 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from reelm.lm.linear import Linear, linear
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
 
+ROWS_OF_LOGITS = 1 << 20  # number of logits that are worked on together in float32
 LOGITS_AT_ONCE = 1 << 26  # beyond these many, logits are made in chunks, and again in the backward pass
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Smoothed and plain negative log-likelihood and correctness, `(N,)` float32 each, of logits `(N, V)`."""
-    log_probabilities = logits.float().log_softmax(-1)
-    plain = -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
-    smoothed = plain
-    if label_smoothing:
-        smoothed = (1 - label_smoothing) * plain - label_smoothing * log_probabilities.mean(-1)
-    right = (logits.detach().argmax(-1) == targets).float()
-    return smoothed, plain.detach(), right
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy over large vocabularies a few rows at a time.
+
+    The stock operations make several float32 tensors of the size of the logits; here these fit in a processor's cache,
+    and only the logits and their gradient exist as wholes.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        norms, values, means, best = [], [], [], []
+        rows = max(ROWS_OF_LOGITS // logits.shape[-1], 1)
+        for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+            part = part.float()
+            norms.append(part.logsumexp(-1))
+            values.append(part.gather(-1, target[:, None]).squeeze(-1))
+            best.append(part.argmax(-1))
+            if label_smoothing:
+                means.append(part.mean(-1))
+        norm = torch.cat(norms)
+        plain = norm - torch.cat(values)
+        smoothed = plain.clone()
+        if label_smoothing:
+            smoothed = (1 - label_smoothing) * plain + label_smoothing * (norm - torch.cat(means))
+        right = (torch.cat(best) == targets).float()
+        ctx.save_for_backward(logits, targets, norm)
+        ctx.label_smoothing, ctx.rows = label_smoothing, rows
+        ctx.mark_non_differentiable(plain, right)
+        return smoothed, plain, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, norm = ctx.saved_tensors
+        smoothing, size = ctx.label_smoothing, logits.shape[-1]
+        out = torch.empty_like(logits)
+        split = (t.split(ctx.rows) for t in (logits, targets, norm[:, None], grad[:, None], out))
+        for part, target, part_norm, part_grad, part_out in zip(*split, strict=True):
+            slope = (part.float() - part_norm).exp_()
+            if smoothing:
+                slope -= smoothing / size
+            slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), smoothing - 1))
+            part_out.copy_(slope.mul_(part_grad))
+        return out, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothed and plain negative log-likelihood and correctness, `(N,)` float32 each, of logits `(N, V)`.
+
+    Only the first has a gradient.
+    """
+    return _CrossEntropy.apply(logits, targets, label_smoothing)
 
 
 class Head(nn.Module):
@@ -149,12 +193,12 @@ class Categorical(Head):
         self.bits, self.tied = bits, tied
         self.table = nn.Embedding(self.size, width)
         nn.init.normal_(self.table.weight, std=0.02)
-        self.scores = None if tied else nn.Linear(width, self.size, bias=False)
+        self.scores = None if tied else Linear(width, self.size)
         if self.scores is not None:
             nn.init.zeros_(self.scores.weight)
         if bits:
             self.bit_vectors = nn.Parameter(torch.randn(bits, width) * 0.02)
-            self.bit_scores = nn.Linear(width, bits, bias=False)
+            self.bit_scores = Linear(width, bits)
             nn.init.zeros_(self.bit_scores.weight)
             places = torch.arange(bits - 1, -1, -1)
             signs = (torch.arange(self.size)[:, None] >> places & 1) * 2.0 - 1.0
@@ -165,10 +209,12 @@ class Categorical(Head):
         return vectors + self.signs[codes] @ self.bit_vectors if self.bits else vectors
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        scores = F.linear(hidden, self.table.weight if self.scores is None else self.scores.weight)
-        if self.bits:
-            scores = scores + F.linear(self.bit_scores(hidden), self.signs)
-        return (scores,)
+        table = self.table.weight if self.scores is None else self.scores.weight
+        if not self.bits:
+            return (linear(hidden, table),)
+        if hidden.numel() < table.numel():  # few rows: rather add up scores than tables
+            return (linear(hidden, table) + linear(self.bit_scores(hidden), self.signs),)
+        return (linear(hidden, table + self.signs @ self.bit_scores.weight),)
 
     def split(self, codes: Tensor) -> tuple[Tensor, ...]:
         return (codes,)
@@ -202,9 +248,9 @@ class Factorized(Head):
         self.tables = nn.ModuleList(nn.Embedding(1 << n, width) for n in bits)
         for table in self.tables:
             nn.init.normal_(table.weight, std=0.02)
-        self.scores = None if tied else nn.ModuleList(nn.Linear(width, 1 << n, bias=False) for n in bits)
-        for linear in self.scores or ():
-            nn.init.zeros_(linear.weight)
+        self.scores = None if tied else nn.ModuleList(Linear(width, 1 << n) for n in bits)
+        for scores in self.scores or ():
+            nn.init.zeros_(scores.weight)
 
     @property
     def size_of_logits(self) -> int:
@@ -214,7 +260,7 @@ class Factorized(Head):
         return sum(table(part) for table, part in zip(self.tables, self.split(codes), strict=True))
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        return tuple(F.linear(hidden, module.weight) for module in self.scores or self.tables)
+        return tuple(linear(hidden, module.weight) for module in self.scores or self.tables)
 
     def split(self, codes: Tensor) -> tuple[Tensor, ...]:
         parts = []

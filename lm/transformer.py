@@ -14,21 +14,10 @@ from torch import Tensor, nn
 
 from reelm.lm.attention import CHOICES, attention
 from reelm.lm.cache import Cache
+from reelm.lm.linear import Linear
+from reelm.lm.norm import RMSNorm, rms_norm
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special
-
-EPSILON = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """Scales each vector to a root mean square of one, times a learned gain."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, EPSILON)
 
 
 class Rotary(nn.Module):
@@ -70,10 +59,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, head_width: int, backend: str) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width, self.backend = heads, kv_heads, head_width, backend
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * head_width)
         self.query_gain = nn.Parameter(torch.ones(head_width))
         self.key_gain = nn.Parameter(torch.ones(head_width))
-        self.out = nn.Linear(heads * head_width, width, bias=False)
+        self.out = Linear(heads * head_width, width)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, prefix: int, cache: Cache | None = None, layer: int = 0
@@ -82,8 +71,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, length, -1, self.head_width)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
         gain = torch.cat([self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.kv_heads, -1)])
-        qk = F.rms_norm(qk, (self.head_width,), None, EPSILON) * gain.to(qk.dtype)
-        qk = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype))
+        qk = rotate(rms_norm(qk, gain), cos.to(qk.dtype), sin.to(qk.dtype))
         q, k = qk.transpose(1, 2).split([self.heads, self.kv_heads], 1)  # (B, heads, L, D)
         v = v.transpose(1, 2)
         if cache is not None:
@@ -98,8 +86,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.up = Linear(width, 2 * hidden)
+        self.out = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(x).chunk(2, -1)
@@ -192,7 +180,7 @@ class Transformer(nn.Module):
         head_width, hidden = width // heads, -int(-width * mlp_ratio // 64) * 64
         self.rotary = Rotary(head_width, 1 if rope == "1d" else 3, theta)
         self.site_tables = Sites(sites, width) if sites else None
-        self.context = nn.Linear(context_width, width, bias=False) if context_width else None
+        self.context = Linear(context_width, width) if context_width else None
         self.blocks = nn.ModuleList(
             Block(
                 Attention(width, heads, kv_heads or heads, head_width, attention),
