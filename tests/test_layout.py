@@ -40,7 +40,9 @@ def imports_of(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno} imports relatively; write reelm.folder.module"
+            assert node.level == 0, (
+                f"{path.relative_to(ROOT)}:{node.lineno} imports relatively; write reelm.folder.module"
+            )
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -68,7 +70,9 @@ def test_every_folder_is_linked_for_type_checkers(folder):
 
 
 def test_no_script_hides_another_module():
-    hidden = {f.stem for f in (ROOT / "scripts").glob("*.py")} & (sys.stdlib_module_names | {"tokenizers", "transformers"})
+    hidden = {f.stem for f in (ROOT / "scripts").glob("*.py")} & (
+        sys.stdlib_module_names | {"tokenizers", "transformers"}
+    )
     assert not hidden, f"rename scripts/{hidden}: `python scripts/train.py` would import it instead of the real one"
 
 
@@ -94,7 +98,9 @@ def test_nothing_unpickles():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-                assert safe, f"{path.relative_to(ROOT)}:{node.lineno} torch.load without weights_only=True runs strangers' code"
+                assert safe, (
+                    f"{path.relative_to(ROOT)}:{node.lineno} torch.load without weights_only=True runs strangers' code"
+                )
         assert not {"pickle", "dill", "cloudpickle", "joblib"} & {n.split(".")[0] for n in imports_of(path)}, path
 
 
