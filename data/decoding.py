@@ -22,7 +22,9 @@ from torch.utils.data import get_worker_info
 from reelm.data.images import is_image, pictures
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
-Timed = tuple[float, float, av.VideoFrame]  # seconds since the first frame, seconds it is shown (0: not said), the frame
+Timed = tuple[
+    float, float, av.VideoFrame
+]  # seconds since the first frame, seconds it is shown (0: not said), the frame
 
 # Containers that hold their media themselves. Playlists and whatever else names other files stay out.
 FORMATS = (
@@ -187,11 +189,15 @@ class Decoder:
         if time.monotonic() - self.began > self.limits.seconds:
             raise self.error(f"took longer than {self.limits.seconds:g} s: shorten it or raise limits.seconds")
         if self.decoded > self.limits.frames:
-            raise self.error(f"needs more than {self.limits.frames} frames decoded: ask for less or raise limits.frames")
+            raise self.error(
+                f"needs more than {self.limits.frames} frames decoded: ask for less or raise limits.frames"
+            )
 
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self.limits.pixels:
-            raise self.error(f"is {width} x {height}, more than {self.limits.pixels} pixels: scale it or raise limits.pixels")
+            raise self.error(
+                f"is {width} x {height}, more than {self.limits.pixels} pixels: scale it or raise limits.pixels"
+            )
 
     def _check_source(self) -> None:
         if not isinstance(self.source, (str, os.PathLike)):
@@ -220,7 +226,10 @@ class Decoder:
         if isinstance(self.source, (str, os.PathLike)):
             file, options["protocol_whitelist"] = "file:" + os.path.abspath(self.source), "file"
         else:
-            file, options["protocol_whitelist"] = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source, "none"
+            file, options["protocol_whitelist"] = (
+                io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source,
+                "none",
+            )
             file.seek(0)
         return av.open(file, options=options, metadata_errors="ignore")
 
@@ -262,7 +271,7 @@ class Decoder:
         claims = [rate for rate in (self.stream.average_rate, self.stream.guessed_rate) if rate]
         if len(times) > 1:
             gap = float((times[-1] - times[0]) * self.stream.time_base) / (len(times) - 1)
-            claims = [rate for rate in claims if 0.6 < rate * gap < 1.7] or [Fraction(1 / gap).limit_denominator(1001)]
+            claims = [rate for rate in claims if 0.8 < rate * gap < 1.25] or [Fraction(1 / gap).limit_denominator(1001)]
             claims.sort(key=lambda rate: abs(rate * gap - 1))
         self.rate = next((rate for rate in claims if 1 / 600 <= rate <= 1000), Fraction(25))
         return chain(first, packets)

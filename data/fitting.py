@@ -16,7 +16,9 @@ Size = int | tuple[int, int] | None
 def wanted(size: Size, fit: str) -> tuple[int, int] | int | None:
     """`size` checked: (height, width), the short side (fit="none") or None; ValueError otherwise."""
     if fit not in ("crop", "pad", "none"):
-        raise ValueError(f"fit={fit!r} is unknown: use 'crop' (cover and cut), 'pad' (black bars) or 'none' (keep shape)")
+        raise ValueError(
+            f"fit={fit!r} is unknown: use 'crop' (cover and cut), 'pad' (black bars) or 'none' (keep shape)"
+        )
     if size is None:
         return None
     sides = (size, size) if isinstance(size, int) else tuple(size)
