@@ -90,7 +90,8 @@ def sample_logits(
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    choice = (probabilities / _exponential(probabilities, generator)).argmax(-1)
+    noise = _exponential(probabilities, generator).clamp_min_(1e-30)  # a drawn 0 would make 0 / 0
+    choice = (probabilities / noise).argmax(-1)
     return choice if tokens is None else tokens.gather(-1, choice[:, None]).squeeze(-1)
 
 
@@ -100,7 +101,6 @@ def guide(logits: Tensor, scale: float) -> Tensor:
     return torch.lerp(unconditional, conditional, scale)
 
 
-@torch.inference_mode()
 def generate(
     transformer: Transformer,
     head: Head,
@@ -124,34 +124,31 @@ def generate(
     Returns ids `(B, steps)`.
     """
     batch, steps = len(sequence), positions.shape[-2]
-    guided = sampling.guidance != 1
-    if guided:
+    positions = positions.expand(batch, steps, 3)
+    copies = 1 if sampling.guidance == 1 else 2
+    sequence = sequence.replace(loss=None)
+    if copies == 2:
         if unconditional is None:
             raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
-        sequence = Sequence.cat([sequence, unconditional])
-    positions = positions.expand(batch, steps, 3)
-    ids = positions.new_empty(batch, steps)
-    if not steps:
-        return ids
-    if guided:
+        sequence = Sequence.cat([sequence, unconditional.replace(loss=None)])
         positions = positions.repeat(2, 1, 1)
 
     def sampler(logits: Tensor) -> Tensor:
-        if guided:
+        if copies == 2:
             logits = guide(logits, sampling.guidance)
         return sample_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
 
-    following = torch.cat([sequence.positions[:, 1:], positions[:, :1]], 1)
-    current = sequence.replace(next_positions=following)
-    cache = transformer.new_cache(len(sequence), sequence.length + steps - 1)
-    for step in range(steps):
-        hidden = transformer(head.embed(current.ids), current, cache)
-        ids[:, step] = head.sample(hidden[:, -1], sampler)
-        if callback is not None:
-            callback(step + 1, ids[:, step])
-        if step + 1 < steps:
-            newest = ids[:, step : step + 1]
-            place, following = positions[:, step : step + 1], positions[:, step + 1 : step + 2]
-            newest = newest.repeat(2, 1) if guided else newest
-            current = Sequence(newest, place, prefix=0, loss=None, next_positions=following)
+    ids = positions.new_empty(batch, steps)
+    cache = transformer.new_cache(len(sequence), sequence.length + steps)
+    current = sequence.replace(next_positions=torch.cat([sequence.positions[:, 1:], positions[:, :1]], 1))
+    with torch.inference_mode():
+        for step in range(steps):
+            hidden = transformer(head.embed(current.ids), current, cache)
+            newest = head.sample(hidden[:, -1], sampler)
+            ids[:, step] = newest
+            if callback is not None:
+                callback(step + 1, newest)
+            here, following = positions[:, step : step + 1], positions[:, step + 1 : step + 2]
+            if step + 1 < steps:
+                current = Sequence(newest.repeat(copies)[:, None], here, prefix=0, next_positions=following)
     return ids

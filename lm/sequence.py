@@ -88,9 +88,11 @@ class Sequence:
                     f"sequences of one batch differ: {first.length} columns with a prefix of {first.prefix}, "
                     f"{part.length} with {part.prefix}; fill the shorter text with <pad>"
                 )
-            if (part.context is None) != (first.context is None) or (part.context_mask is None) != (
-                first.context_mask is None
-            ):
-                raise ValueError("either all sequences of one batch have a context (and its mask) or none has")
-        tensors = (f.name for f in fields(Sequence) if isinstance(getattr(first, f.name), Tensor))
-        return first.replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
+        tensors = {}
+        for name in (f.name for f in fields(Sequence) if f.name != "prefix"):
+            values = [getattr(part, name) for part in parts]
+            absent = [value is None for value in values]
+            if any(absent) and not all(absent):
+                raise ValueError(f"either all sequences of one batch have {name} or none has")
+            tensors[name] = None if any(absent) else torch.cat(values)
+        return first.replace(**tensors)

@@ -230,7 +230,7 @@ class Transformer(nn.Module):
 
     def _place_context(self, x: Tensor, sequence: Sequence) -> Tensor:
         if self.context is None:
-            raise ValueError("the sequence has embedded text but the transformer no context_width; set lm.context_width")
+            raise ValueError("the sequence has embedded text but the transformer no place for it; set lm.context_width")
         batch, length, width = sequence.context.shape
         slots = sequence.ids == Special.text
         if width != self.context_width or slots.sum() != batch * length:

@@ -1,0 +1,32 @@
+"""A transformer and its token head as one model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from reelm.lm.heads import Head
+from reelm.lm.sequence import Sequence
+from reelm.lm.transformer import Transformer
+
+
+class LanguageModel(nn.Module):
+    """Predicts the tokens of a `Sequence`.
+
+    Args:
+        transformer: from vectors to vectors.
+        head: from ids to vectors and back.
+    """
+
+    def __init__(self, transformer: Transformer, head: Head) -> None:
+        super().__init__()
+        if head.width != transformer.width:
+            raise ValueError(f"the head is {head.width} wide, the transformer {transformer.width}; set both the same")
+        self.transformer, self.head = transformer, head
+
+    def forward(self, sequence: Sequence) -> Tensor:
+        """Hidden states `(B, L, width)`."""
+        return self.transformer(self.head.embed(sequence.ids), sequence)
+
+    def loss(self, sequence: Sequence, label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy of the ids that `sequence.loss` marks, and what to log."""
+        return self.head.loss(self(sequence), sequence.ids, sequence.loss, label_smoothing)
