@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from reelm.lm.linear import Linear, linear
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
 
-ROWS_OF_LOGITS = 1 << 20  # number of logits that are worked on together in float32
+ROWS_OF_LOGITS = 1 << 20  # number of logits that a CPU works on together in float32
 LOGITS_AT_ONCE = 1 << 26  # beyond these many, logits are made in chunks, and again in the backward pass
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy over large vocabularies a few rows at a time.
+    """Cross-entropy over large vocabularies, on CPUs a few rows at a time.
 
     The stock operations make several float32 tensors of the size of the logits; here these fit in a processor's cache,
     and only the logits and their gradient exist as wholes.
@@ -29,7 +29,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         norms, values, means, best = [], [], [], []
-        rows = max(ROWS_OF_LOGITS // logits.shape[-1], 1)
+        rows = len(logits) if logits.is_cuda else max(ROWS_OF_LOGITS // logits.shape[-1], 1)
         for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
             part = part.float()
             norms.append(part.logsumexp(-1))

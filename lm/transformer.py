@@ -176,7 +176,8 @@ class Transformer(nn.Module):
             raise ValueError(f"dropout lies in [0, 1); got {dropout}")
         self.width, self.depth, self.heads, self.kv_heads = width, depth, heads, kv_heads
         self.mlp_ratio, self.rope, self.theta, self.dropout = mlp_ratio, rope, theta, dropout
-        self.sites, self.attention, self.context_width = sites, attention, context_width
+        self.sites = tuple(sites) if sites else None
+        self.attention, self.context_width = attention, context_width
         head_width, hidden = width // heads, -int(-width * mlp_ratio // 64) * 64
         self.rotary = Rotary(head_width, 1 if rope == "1d" else 3, theta)
         self.site_tables = Sites(sites, width) if sites else None
