@@ -107,9 +107,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
     if function is None or not q.is_cuda:
         raise ValueError("attention=flash needs a GPU and the package flash-attn; choose attention=sdpa")
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"attention=flash needs 16-bit numbers, not {q.dtype}; choose attention=sdpa or bf16 precision"
-        )
+        raise ValueError(f"attention=flash needs 16-bit numbers, not {q.dtype}; choose attention=sdpa or 16 bits")
     inside, seen = _two_calls(q, k, prefix)
 
     def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -64,7 +63,6 @@ def duration_token(latent_frames: int) -> int:
     return _slot(DURATIONS, latent_frames, "the number of latent frames")
 
 
-@dataclass(frozen=True)
 class Vocabulary:
     """Special ids 0-255, then the ranges of visual, audio and text tokens, in this order.
 
@@ -74,14 +72,14 @@ class Vocabulary:
         text: number of word pieces; 0 where text comes embedded.
     """
 
-    visual: int
-    audio: int = 0
-    text: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self, visual: int, audio: int = 0, text: int = 0) -> None:
+        self.visual, self.audio, self.text = visual, audio, text
         for name in ("visual", "audio", "text"):
             if getattr(self, name) < 0:
                 raise ValueError(f"the {name} range cannot have {getattr(self, name)} ids; give 0 or more")
+
+    def __repr__(self) -> str:
+        return f"Vocabulary(visual={self.visual}, audio={self.audio}, text={self.text})"
 
     @property
     def size(self) -> int:
