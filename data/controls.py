@@ -20,8 +20,8 @@ except (ImportError, OSError):
 def flow(video: Tensor) -> Tensor:
     """Optical flow `(B, 2, T, H, W)` of `(B, 3, T, H, W)` in [-1, 1]: (x, y) pixels to the next frame.
 
-    What is at (x, y) in frame t is at (x, y) + flow in frame t + 1. The last frame repeats the flow before it; one frame
-    alone does not move. OpenCV's DIS where it is installed, pyramidal Lucas-Kanade otherwise.
+    What is at (x, y) in frame t is at (x, y) + flow in frame t + 1. The last frame repeats the flow before it; one
+    frame alone does not move. OpenCV's DIS where it is installed, pyramidal Lucas-Kanade otherwise.
     """
     batch, _, frames, height, width = video.shape
     if frames == 1:

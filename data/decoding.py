@@ -14,7 +14,6 @@ from itertools import chain, islice
 from typing import BinaryIO
 
 import av
-import numpy as np
 from av.container import InputContainer
 from PIL import Image
 from torch.utils.data import get_worker_info
@@ -22,9 +21,7 @@ from torch.utils.data import get_worker_info
 from reelm.data.images import is_image, pictures
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
-Timed = tuple[
-    float, float, av.VideoFrame
-]  # seconds since the first frame, seconds it is shown (0: not said), the frame
+Timed = tuple[float, float, av.VideoFrame]  # seconds since the first frame, seconds it is shown (0: unsaid), frame
 
 # Containers that hold their media themselves. Playlists and whatever else names other files stay out.
 FORMATS = (
@@ -49,7 +46,7 @@ class VideoError(ValueError):
 class Limits:
     """What one file may cost; checked before and while it is decoded.
 
-    pixels: of one frame. frames: decoded. seconds: of work. memory: bytes of the finished clip. bytes: of an image file.
+    pixels: of one frame. frames: decoded. seconds: of work. memory: bytes of the finished clip. bytes: of a picture.
     """
 
     pixels: int = 40_000_000
@@ -83,8 +80,9 @@ class Decoder:
         source: a local path, the bytes of a file, or a binary file object that can seek (a member of a tar, say).
         limits: what it may cost.
 
-    first: its first frame. still: whether that is all, a picture without duration. rate: frames a second as the timestamps say. zero: the container's time of the first frame.
-    broken: why decoding stopped before the end, once it did. Raises VideoError.
+    first: its first frame. still: whether that is all, a picture without duration. rate: frames a second as the
+    timestamps say. zero: the container's time of the first frame. broken: why decoding stopped before the end, once it
+    did. Raises VideoError.
     """
 
     def __init__(self, source: Source, limits: Limits) -> None:
@@ -189,9 +187,7 @@ class Decoder:
         if time.monotonic() - self.began > self.limits.seconds:
             raise self.error(f"took longer than {self.limits.seconds:g} s: shorten it or raise limits.seconds")
         if self.decoded > self.limits.frames:
-            raise self.error(
-                f"needs more than {self.limits.frames} frames decoded: ask for less or raise limits.frames"
-            )
+            raise self.error(f"takes more than {self.limits.frames} frames: ask for less or raise limits.frames")
 
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self.limits.pixels:

@@ -16,9 +16,7 @@ Size = int | tuple[int, int] | None
 def wanted(size: Size, fit: str) -> tuple[int, int] | int | None:
     """`size` checked: (height, width), the short side (fit="none") or None; ValueError otherwise."""
     if fit not in ("crop", "pad", "none"):
-        raise ValueError(
-            f"fit={fit!r} is unknown: use 'crop' (cover and cut), 'pad' (black bars) or 'none' (keep shape)"
-        )
+        raise ValueError(f"fit={fit!r} is unknown: use 'crop' (cut), 'pad' (black bars) or 'none' (keep shape)")
     if size is None:
         return None
     sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -94,7 +92,7 @@ class Fitter:
         shown = max(1, round(height * scale)), max(1, round(width * scale))
         if shown[0] * shown[1] > self.most_pixels:
             raise ValueError(
-                f"scaling {width:.0f} x {height:.0f} to size={self.size} makes {shown[1]} x {shown[0]} pixels, more than "
+                f"scaling {width:.0f} x {height:.0f} to size={self.size} makes {shown[1]} x {shown[0]} pixels, over "
                 f"{self.most_pixels}: use fit='pad' or leave the file out"
             )
         return shown

@@ -16,6 +16,7 @@ from reelm.data.clip import Clip
 from reelm.data.decoding import Decoder, Limits, Source, Timed, VideoError
 from reelm.data.fitting import Fit, Fitter, Orientation, Size, pixel_aspect
 
+LIMITS = Limits()
 __all__ = ["Limits", "VideoError", "VideoInfo", "VideoReader", "probe", "read_image", "read_video"]
 
 
@@ -24,8 +25,8 @@ class VideoInfo:
     """What a file holds.
 
     size: (height, width) of the stored pixels, upright. pixel_aspect: width over height of one of them, as shown.
-    fps: as the timestamps say; 0 for a still. duration: seconds of video; 0 for a still. frames: as the header says, None
-    where it does not.
+    fps: as the timestamps say; 0 for a still. duration: seconds of video; 0 for a still. frames: as the header says,
+    None where it does not.
     """
 
     size: tuple[int, int]
@@ -82,7 +83,7 @@ class VideoReader:
     Raises VideoError for whatever is no readable local video or image.
     """
 
-    def __init__(self, source: Source, limits: Limits = Limits()) -> None:
+    def __init__(self, source: Source, limits: Limits = LIMITS) -> None:
         self.decoder = Decoder(source, limits)
         self._info: VideoInfo | None = None
 
@@ -205,7 +206,7 @@ def read_video(
     audio: bool = False,
     audio_rate: int = 16000,
     audio_channels: int = 2,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
 ) -> Clip:
     """A clip (a batch of one) from a local video or image file, bytes or a seekable file object.
 
@@ -218,8 +219,8 @@ def read_video(
         start: seconds after the first frame.
         fit, crop_at: how another shape comes to `size` (`Fitter`).
         short: what a source that ends too early gives: a VideoError, or its last frame repeated.
-        audio: also read the sound of the same stretch of time, `(1, audio_channels, N)` at `audio_rate` samples a second,
-            silent where the track has holes; None where the file has no track.
+        audio: also read the sound of the same stretch of time, `(1, audio_channels, N)` at `audio_rate` samples a
+            second, silent where the track has holes; None where the file has no track.
         limits: what the file may cost.
 
     Rotation and mirroring that the file asks for are applied; transparent pixels stand on white. High dynamic range is
@@ -232,12 +233,12 @@ def read_video(
         )  # fmt: skip
 
 
-def read_image(path: Source, size: Size = 64, fit: Fit = "crop", limits: Limits = Limits()) -> Clip:
+def read_image(path: Source, size: Size = 64, fit: Fit = "crop", limits: Limits = LIMITS) -> Clip:
     """A clip of one frame from an image file (or the first frame of a video)."""
     return read_video(path, frames=1, size=size, fit=fit, limits=limits)
 
 
-def probe(path: Source, limits: Limits = Limits()) -> VideoInfo:
+def probe(path: Source, limits: Limits = LIMITS) -> VideoInfo:
     """What a file holds; decodes its first frame only. Raises VideoError."""
     with VideoReader(path, limits) as reader:
         return reader.info

@@ -50,9 +50,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def to_uint8(video: Tensor) -> np.ndarray:
     """`(3, T, H, W)` in [-1, 1] to `(T, H, W, 3)` bytes; values beyond are clipped."""
     if not torch.isfinite(video).all():
-        raise ValueError(
-            "the video holds NaN or infinite values: nothing was written; look for the step that made them"
-        )
+        raise ValueError("the video holds NaN or infinite values and was not written: look for what made them")
     pixels = video.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
@@ -60,9 +58,7 @@ def to_uint8(video: Tensor) -> np.ndarray:
 def _suffix(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in known:
-        raise ValueError(
-            f"output={str(path)!r}: {suffix or 'no'} extension is not written; use one of {', '.join(known)}"
-        )
+        raise ValueError(f"output={str(path)!r}: {suffix or 'no'} extension cannot be written; use {', '.join(known)}")
     return suffix
 
 
