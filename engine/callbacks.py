@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from reelm.data.writing import write_contact_sheet
@@ -133,10 +134,9 @@ class Export(Callback):
                 clips, labels = sheet
                 write_contact_sheet(self.folder / "samples" / f"{trainer.global_step:07d}.png", clips, labels=labels)
                 for logger in trainer.loggers:
-                    if hasattr(logger.experiment, "add_video"):
-                        logger.experiment.add_video(
-                            "samples", (clips.transpose(1, 2) + 1) / 2, trainer.global_step, fps=8
-                        )
+                    if isinstance(logger, TensorBoardLogger):
+                        strip = torch.cat(list(clips[:, :, :: max(clips.shape[2] // 5, 1)].flatten(2, 3).cpu()), 2)
+                        logger.experiment.add_image("samples", (strip + 1) / 2, trainer.global_step)
 
 
 class Progress(Callback):

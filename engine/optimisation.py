@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -32,44 +32,59 @@ def schedule_factor(kind: str, warmup: int, total: int, cooldown: float, floor: 
     return factor
 
 
-class Joined(torch.optim.Optimizer):
-    """Several optimisers over disjoint parameters that step, save and load as one."""
+def orthogonalised(gradient: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly, by a quintic Newton-Schulz iteration in bfloat16 (Muon)."""
+    x = gradient.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if tall else x).float()
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        self.optimizers = optimizers
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, and in groups with `momentum` Muon (Jordan et al. 2024): momentum whose every update is orthogonalised.
+
+    Unlike `torch.optim.Muon` it takes convolutions too, as matrices of output channels by the rest. Updates are scaled to
+    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate suits both.
+    """
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
-        if closure is not None:
+        if closure is not None:  # before the groups are parted: it zeroes and fills the gradients of all of them
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        everything, spectral = self.param_groups, [g for g in self.param_groups if g["momentum"]]
+        try:
+            self.param_groups = [g for g in everything if not g["momentum"]]
+            super().step()
+        finally:
+            self.param_groups = everything
+        for group in spectral:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["average"] = torch.zeros_like(parameter)
+                average = state["average"].mul_(group["momentum"]).add_(parameter.grad)
+                update = orthogonalised(parameter.grad.add(average, alpha=group["momentum"]).flatten(1))
+                rows, columns = update.shape
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        # the inner optimisers made new group dicts; a scheduler that changes ours must change theirs
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 class Optimisation:
     """How to optimise.
 
     Args:
-        lr: peak learning rate of AdamW.
-        muon_lr: peak learning rate of Muon on the weight matrices of linear layers (0: AdamW for everything). Muon
-            needs clearly fewer steps on small transformers; embeddings, norms and heads stay with AdamW.
+        lr: peak learning rate.
+        muon: Muon for the weight matrices and convolutions inside the network, which needs clearly fewer steps on small
+            models; embeddings, norms and heads stay with AdamW.
         warmup: steps of linear warm-up.
         schedule: "cosine", "wsd" or "constant".
     """
@@ -77,7 +92,7 @@ class Optimisation:
     def __init__(
         self,
         lr: float = 1e-3,
-        muon_lr: float = 0.0,
+        muon: bool = False,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.99),
         warmup: int = 100,
@@ -87,23 +102,21 @@ class Optimisation:
     ) -> None:
         if schedule not in ("cosine", "wsd", "constant"):
             raise ValueError(f"schedule is cosine, wsd or constant; got {schedule}")
-        self.lr, self.muon_lr, self.weight_decay, self.betas = lr, muon_lr, weight_decay, tuple(betas)
+        self.lr, self.muon, self.weight_decay, self.betas = lr, muon, weight_decay, tuple(betas)
         self.warmup, self.schedule, self.cooldown, self.floor = warmup, schedule, cooldown, floor
 
-    def configure(self, module: nn.Module, total_steps: int, matrices: nn.Module | None = None) -> dict[str, Any]:
-        """Lightning's `configure_optimizers` answer; Muon takes the 2-D weights found in `matrices`."""
-        muon = []
-        if self.muon_lr and matrices is not None:
-            muon = [m.weight for m in matrices.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-        chosen = {id(p) for p in muon}
+    def configure(self, module: nn.Module, total_steps: int, inner: nn.Module | None = None) -> dict[str, Any]:
+        """Lightning's `configure_optimizers` answer; Muon takes the matrices found in `inner`."""
+        kinds = (nn.Linear, nn.Conv3d)
+        inside = inner.modules() if self.muon and inner is not None else ()
+        matrices = [m.weight for m in inside if isinstance(m, kinds) and m.weight.requires_grad]
+        chosen = {id(p) for p in matrices}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.weight_decay, "momentum": 0.0},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "momentum": 0.0},
+            {"params": matrices, "weight_decay": self.weight_decay, "momentum": 0.95},
         ]
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, self.lr, self.betas, fused=True)
-        if muon:
-            spectral = torch.optim.Muon(muon, self.muon_lr, self.weight_decay, adjust_lr_fn="match_rms_adamw")
-            optimizer = Joined([optimizer, spectral])
+        optimizer = MuonAdamW([group for group in groups if group["params"]], self.lr, self.betas)
         factor = schedule_factor(self.schedule, self.warmup, total_steps, self.cooldown, self.floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -88,36 +88,43 @@ def _packed(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return packed
 
 
-def save(model: nn.Module, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
-    """Writes the folder; `dtype` float32, bfloat16 or int8 (rows scaled; vectors stay float32)."""
-    folder = Path(folder)
+def save(
+    model: nn.Module, folder: str | Path, dtype: str | None = None, notes: dict[str, Any] | None = None
+) -> None:
+    """Writes the folder; `dtype` float32, bfloat16 or int8 (rows scaled; vectors stay float32).
+
+    Without a `dtype` it is that of the folder the model was loaded from (whose weights it then reproduces), or float32.
+    """
+    folder, dtype = Path(folder), dtype or getattr(model, "stored_dtype", "float32")
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": describe(model), "notes": notes or {}}
+    config = {"model": describe(model), "dtype": dtype, "notes": notes or {}}
     write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
     packed = _packed(model.state_dict(), dtype)
     write_file(folder / "model.safetensors", lambda p: save_file(packed, p))
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder) / "config.json"
+def read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"no model at {folder}: {path.name} is missing") from None
+        raise FileNotFoundError(f"no model at {path.parent}: {path.name} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is not a JSON file; was it cut off? Write the model again") from None
-    if not isinstance(config, dict) or "model" not in config:
+    if not isinstance(config, dict):
         raise ValueError(f"{path} does not describe a reelm model")
     return config
 
 
 def load(folder: str | Path) -> nn.Module:
     """The model of a folder, in float32 and eval mode."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
     try:
-        model = build(read_config(folder)["model"])
-    except TypeError as error:
+        model = build(config["model"])
+    except (KeyError, TypeError) as error:
         raise ValueError(f"the config of {folder} does not fit this version of reelm: {error}") from None
-    load_weights(model, Path(folder) / "model.safetensors")
+    model.stored_dtype = config.get("dtype", "float32")
+    load_weights(model, folder / "model.safetensors")
     return model.eval().requires_grad_(False)
 
 

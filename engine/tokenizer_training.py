@@ -23,6 +23,7 @@ class TokenizerTraining(L.LightningModule):
         perceptual: a module `(video, target) -> scalar` such as `reelm.tokenizers.perceptual.LPIPS`, or None.
         reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
         absolute: share of the L1 norm in the reconstruction term, the rest is L2.
+        frames: trains on a random part of each clip, of this many frames; None: on whole clips.
     """
 
     metric = "val/psnr"  # what a sweep optimises
@@ -37,6 +38,7 @@ class TokenizerTraining(L.LightningModule):
         entropy_weight: float = 0.1,
         perceptual_weight: float = 0.1,
         absolute: float = 0.0,
+        frames: int | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.perceptual, self.optimisation = tokenizer, perceptual, optimisation
@@ -47,7 +49,7 @@ class TokenizerTraining(L.LightningModule):
             "batch_entropy": -entropy_weight,
             "perceptual": perceptual_weight,
         }
-        self.absolute = absolute
+        self.absolute, self.frames = absolute, frames
         self._seen: list[Tensor] = []
 
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -61,6 +63,9 @@ class TokenizerTraining(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         video, self.batch_keys = batch.clip.video, batch.clip.keys
+        if self.frames is not None and self.frames < video.shape[2]:
+            start = int(torch.randint(video.shape[2] - self.frames + 1, ()))
+            video = video[:, :, start : start + self.frames]
         terms, reconstruction, ids = self.losses(video)
         loss = sum(self.weights[name] * value for name, value in terms.items())
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(video))
@@ -92,7 +97,7 @@ class TokenizerTraining(L.LightningModule):
         store.save(self.tokenizer, folder, notes={"step": step})
 
     def configure_optimizers(self) -> dict:
-        return self.optimisation.configure(self, self.trainer.max_steps)
+        return self.optimisation.configure(self, self.trainer.max_steps, inner=self.tokenizer)
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""From what a user has (a prompt, pictures, clips, a mask) to clips of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reelm.data.clip import Clip
+from reelm.data.controls import control_image, flow, pseudo_depth
+from reelm.data.reading import probe, read_image, read_video
+from reelm.engine.video_lm import VideoLM
+from reelm.lm.sampling import Sampling
+from reelm.tasks.task import Given
+
+NEEDS = {  # what each task cannot do without
+    "t2v": ("prompt",),
+    "t2i": ("prompt",),
+    "unconditional": (),
+    "i2v": ("image",),
+    "continuation": ("video",),
+    "interpolation": ("image", "last"),
+    "inpainting": ("video", "mask"),
+    "outpainting": ("video",),
+    "stylization": ("video", "prompt"),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a user gives: a prompt and paths.
+
+    image, last: pictures (or clips, of which the first frame counts). video: a clip or picture of any size, rate and
+    container. mask: a picture of the video's size, white where new content is to appear. keep: share of the frame that
+    an outpainted clip fills. start: second of the video from which it is read.
+    """
+
+    prompt: str = ""
+    image: str | None = None
+    last: str | None = None
+    video: str | None = None
+    mask: str | None = None
+    keep: float = 0.6
+    start: float = 0.0
+
+    def task(self) -> str:
+        """The task that these inputs ask for, where none is named."""
+        if self.image:
+            return "interpolation" if self.last else "i2v"
+        if self.video:
+            return "inpainting" if self.mask else "continuation"
+        return "t2v"
+
+    def check(self, task: str) -> None:
+        missing = [name for name in NEEDS.get(task, ()) if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"task={task} needs {' and '.join(f'{name}=...' for name in missing)}")
+        if not 0.2 <= self.keep < 1:
+            raise ValueError(f"keep={self.keep} is the share of the frame that the clip fills; give 0.2 to 0.95")
+
+
+def whole_length(frames: int, step: int, note: Callable[[str], None]) -> int:
+    """The nearest length of `1 + step * k` frames, with a note where it is another."""
+    length = max(round((frames - 1) / step), 0) * step + 1
+    if length != frames:
+        note(f"{frames} frames are not 1 + {step}k: making {length}")
+    return length
+
+
+def _clip(path: str, model: VideoLM, frames: int, start: float, size: tuple[int, int]) -> Clip:
+    return read_video(path, fps=model.fps, frames=frames, size=size, start=start, short="repeat")
+
+
+def _tail(path: str, model: VideoLM, most: int, size: tuple[int, int]) -> Clip:
+    """The last frames of a video, `1 + step * k` of them and at most `most`."""
+    seconds = probe(path).duration or 0.0
+    step = model.tokenizer.compression[0]
+    have = max(int(seconds * model.fps + 1e-3), 1)
+    count = 1 + (min(have, most) - 1) // step * step
+    return _clip(path, model, count, max(have - count, 0) / model.fps, size)
+
+
+def _mask(inputs: Inputs, size: tuple[int, int]) -> Tensor:
+    """`(1, 1, 1, H, W)` bool, true where the video is known, cut to size as the video is."""
+    mask = read_image(inputs.mask, size=None)
+    source = probe(inputs.video)
+    if mask.size != source.size:
+        raise ValueError(
+            f"mask {inputs.mask} is {mask.size[1]} x {mask.size[0]}, the video {source.size[1]} x {source.size[0]}; "
+            "make the mask as large as the video"
+        )
+    known = read_image(inputs.mask, size=size).video.mean(1, keepdim=True) < 0
+    if known.all() or not known.any():
+        raise ValueError(f"mask {inputs.mask} is all {'black' if known.all() else 'white'}; paint white what is to be made")
+    return known
+
+
+def first_given(model: VideoLM, task: str, inputs: Inputs, frames: int, samples: int) -> tuple[Given, Tensor | None]:
+    """What the model is told for its first window, and the pixels to keep in the result, if any."""
+    inputs.check(task)
+    size = model.shape[1:]
+    shape = (frames, *size)
+    given = Given(shape, (inputs.prompt,), fps=model.fps)
+    video = known = None
+    if task == "i2v":
+        video = read_image(inputs.image, size=size).video
+        known = torch.ones_like(video[:, :1], dtype=torch.bool)
+    elif task == "interpolation":
+        video = torch.zeros(1, 3, *shape)
+        known = torch.zeros(1, 1, *shape, dtype=torch.bool)
+        for path, frame in ((inputs.image, 0), (inputs.last, frames - 1)):
+            video[:, :, frame] = read_image(path, size=size).video[:, :, 0]
+            known[:, :, frame] = True
+    elif task == "continuation":
+        longest = max(frames - model.tokenizer.compression[0], 1)
+        video = _tail(inputs.video, model, min(longest, _overlap(model)), size).video
+        known = torch.ones_like(video[:, :1], dtype=torch.bool)
+    elif task == "inpainting":
+        video = _clip(inputs.video, model, frames, inputs.start, size).video
+        known = _mask(inputs, size).expand(-1, -1, frames, -1, -1)
+    elif task == "outpainting":
+        inner = [max(round(side * inputs.keep), 8) for side in size]
+        clip = _clip(inputs.video, model, frames, inputs.start, (inner[0], inner[1])).video
+        top, left = ((side - part) // 2 for side, part in zip(size, inner))
+        pads = (left, size[1] - inner[1] - left, top, size[0] - inner[0] - top)
+        video, known = F.pad(clip, pads), F.pad(torch.ones_like(clip[:, :1], dtype=torch.bool), pads)
+    elif task == "stylization":
+        clip = _clip(inputs.video, model, frames, inputs.start, size).video
+        given = given.replace(condition=control_image(pseudo_depth(clip), flow(clip)).expand(samples, -1, -1, -1, -1))
+    if video is not None:
+        video = (video * known).expand(samples, -1, -1, -1, -1)
+        known = known.expand(samples, -1, -1, -1, -1)
+    return given.replace(captions=(inputs.prompt,) * samples, video=video, known=known), video
+
+
+def _overlap(model: VideoLM) -> int:
+    """Frames of one window that the next one starts from: about a second (VideoPoet, section 5.3)."""
+    step = model.tokenizer.compression[0]
+    return 1 + max((model.shape[0] - 1) // (2 * step), 1) * step
+
+
+def make(
+    model: VideoLM,
+    task: str,
+    inputs: Inputs,
+    frames: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    keep_known: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Clip:
+    """Clips for a user's inputs.
+
+    frames: length of the result; beyond what the model makes at once, each further window continues the last second of
+        the one before.
+    keep_known: known pixels stay as they were given, instead of as the tokenizer shows them.
+    """
+    model.task(task)
+    step, window = model.tokenizer.compression[0], model.shape[0]
+    frames = 1 if task == "t2i" else whole_length(frames or window, step, note)
+    given, video = first_given(model, task, inputs, min(frames, window), samples)
+    if frames > window and task in ("inpainting", "outpainting", "interpolation", "stylization"):
+        raise ValueError(f"task={task} makes clips of up to {window} frames with this model; got {frames}")
+    clip = model.generate(given, task, sampling, seed, progress)
+    result = clip.video
+    if keep_known and video is not None:
+        part = result[:, :, : video.shape[2]]
+        part.copy_(torch.where(given.known.to(part.device), video.to(part), part))
+    while result.shape[2] < frames:
+        seed += samples
+        overlap = _overlap(model)
+        length = min(window, overlap + frames - result.shape[2])
+        tail = result[:, :, -overlap:]
+        given = Given(
+            (length, *model.shape[1:]), given.captions, tail, torch.ones_like(tail[:, :1], dtype=torch.bool), fps=model.fps
+        )
+        further = model.generate(given, "continuation" if "continuation" in model.tasks else task, sampling, seed, progress)
+        result = torch.cat([result, further.video[:, :, overlap:]], 2)
+    return Clip(result.cpu(), model.fps, (inputs.prompt,) * samples)
+
+

@@ -1,0 +1,141 @@
+"""Training of the video language model on a mixture of tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from reelm.data.module import Batch, ClipData, ClipSource, Group
+from reelm.engine import store
+from reelm.engine.optimisation import Optimisation
+from reelm.engine.video_lm import VideoLM
+from reelm.lm.language_model import LanguageModel
+from reelm.lm.sampling import Sampling
+from reelm.lm.vocabulary import Vocabulary
+from reelm.tasks.task import Mixture, Task, tasks_of
+from reelm.tokenizers.text import SentencePieceText, T5Text
+
+
+def train_text(source: ClipSource, vocabulary: int, captions: int = 4000) -> SentencePieceText:
+    """A text model for the captions of a source (evenly spaced ones, clips' and images')."""
+    indices = [i * len(source) // captions for i in range(min(captions, len(source)))]
+    texts = [source.caption(i) for i in indices] + [source.caption(i, 1) for i in indices]
+    return SentencePieceText.train([text for text in texts if text] or ["a video"], vocabulary)
+
+
+class LMTraining(L.LightningModule):
+    """Next-token prediction over everything that the tasks ask for.
+
+    Args:
+        tokenizer: folder of a trained video tokenizer; it stays frozen.
+        lm: the transformer.
+        head: how tokens are predicted, as a function of the vocabulary and the width (`functools.partial` of a head).
+        task: a task or a mixture of them.
+        optimisation: learning rate and schedule.
+        text: a trained text model, or the number of word pieces of one to be trained on the captions.
+        text_drop: share of prompts left out, for classifier-free guidance.
+        sampling: with which samples are drawn to be looked at, and which the saved model has by default.
+    """
+
+    metric = "val/nll"  # what a sweep optimises
+
+    def __init__(
+        self,
+        tokenizer: str | Path,
+        lm: nn.Module,
+        head: Any,
+        task: Task | Mixture,
+        optimisation: Optimisation,
+        text: SentencePieceText | T5Text | int = 1024,
+        text_drop: float = 0.1,
+        sampling: Sampling = Sampling(),
+    ) -> None:
+        super().__init__()
+        self.video_tokenizer = [store.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
+        self.transformer, self.make_head, self.task, self.optimisation = lm, head, task, optimisation
+        self.tasks = {part.name: part for part in tasks_of(task)}
+        self.text, self.text_drop, self.sampling = text, text_drop, sampling
+        self.model: VideoLM | None = None
+        self.tokenizer_hash = store.fingerprint(self.video_tokenizer[0])
+
+    def setup(self, stage: str) -> None:
+        data: ClipData = self.trainer.datamodule
+        if self.model is None:
+            text, tokenizer = self.text, self.video_tokenizer[0]
+            if isinstance(text, int):
+                text = train_text(data.train, text)
+            vocabulary = Vocabulary(visual=tokenizer.vocabulary, text=text.vocabulary)
+            self.lm = LanguageModel(self.transformer, self.make_head(vocabulary=vocabulary, width=self.transformer.width))
+            first = data.train.get(0)
+            model = VideoLM(
+                tokenizer, text, self.lm, self.tasks, (first.frames, *first.size), first.fps, self.sampling
+            )
+            object.__setattr__(self, "model", model)  # a view: its parts are trained and saved as `lm`
+        data.text_length = self.model.packer.text_length
+        data.groups = [
+            Group(
+                task.name,
+                frames=task.frames,
+                controls=task.controls,
+                batch=self.task.image_batch if task.frames == 1 and isinstance(self.task, Mixture) else 1.0,
+                schedule=self.task.schedule(task) if isinstance(self.task, Mixture) else None,
+            )
+            for task in self.tasks.values()
+        ]
+
+    def on_fit_start(self) -> None:
+        self.video_tokenizer[0].to(self.device)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        task, packer = self.tasks[batch.name], self.model.packer
+        given, target = task.split(batch.clip)
+        with torch.no_grad():
+            tokens = packer.tokenizer.encode(target.video)
+            drop = torch.rand(len(given), device=self.device) < (self.text_drop if self.training else 0.0)
+            sequence = packer.pack(given, task.marker, tokens, unprompted=drop)
+        return self.lm.loss(sequence)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        self.batch_keys = batch.clip.keys
+        loss, metrics = self.loss(batch)
+        size = len(batch.clip)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log(f"train/{batch.name}", metrics["nll"], batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        _, metrics = self.loss(batch)
+        size = len(batch.clip)
+        self.log("val/nll", metrics["nll"], prog_bar=True, batch_size=size, sync_dist=True)
+        self.log(f"val/{batch.name}", metrics["nll"], batch_size=size, sync_dist=True)
+
+    def sample_sheet(self) -> tuple[Tensor, list[str]] | None:
+        """Four clips from validation prompts."""
+        source = self.trainer.datamodule.validation
+        task = next((t for t in self.tasks.values() if t.frames != 1 and not t.controls), None)
+        if task is None:
+            task = next(iter(self.tasks.values()))
+        clips = [source.get(i, frames=task.frames, controls=task.controls) for i in range(4)]
+        given = task.split(clips[0].stack(clips))[0]
+        sample = self.model.generate(given, task.name, self.sampling, seed=0)
+        return sample.video, list(sample.captions)
+
+    def export(self, folder: Path, step: int) -> None:
+        self.model.save_pretrained(folder, dtype="bfloat16", notes={"step": step})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokenizer_hash"] = self.tokenizer_hash
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("tokenizer_hash") != self.tokenizer_hash:
+            raise ValueError(
+                f"the checkpoint was trained on tokens of another tokenizer ({checkpoint.get('tokenizer_hash')}, this one "
+                f"is {self.tokenizer_hash}); give the same stage.tokenizer=..., or start anew with resume=false"
+            )
+
+    def configure_optimizers(self) -> dict:
+        return self.optimisation.configure(self, self.trainer.max_steps, inner=self.lm.transformer)

@@ -1,0 +1,156 @@
+"""`VideoLM`: tokenizer, text model and language model joined; one folder on disk; generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelm.data.clip import Clip
+from reelm.engine import store
+from reelm.lm.language_model import LanguageModel
+from reelm.lm.sampling import Sampling, generate, seeded
+from reelm.tasks.packing import Packer
+from reelm.tasks.task import Given, Task
+from reelm.tokenizers.text import SentencePieceText, T5Text
+from reelm.tokenizers.tokens import Tokens
+
+BOX = Path(__file__).parents[1] / "pretrained"
+
+
+class VideoLM(nn.Module):
+    """A video language model.
+
+    Args:
+        tokenizer: of video; it stays frozen.
+        text: the text model.
+        lm: transformer and head.
+        tasks: what the model was trained to do, by name.
+        shape: frames, height and width of its clips. fps: their rate.
+        sampling: how it samples where nothing else is asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        text: SentencePieceText | T5Text,
+        lm: LanguageModel,
+        tasks: Mapping[str, Task],
+        shape: tuple[int, int, int] = (17, 64, 64),
+        fps: float = 8.0,
+        sampling: Sampling = Sampling(),
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.lm, self.text, self.tasks = lm, text, dict(tasks)
+        self.shape, self.fps, self.sampling = tuple(shape), fps, sampling
+        self.packer = Packer(tokenizer, text, lm.head.vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
+        """Writes `tokenizer/`, `lm/`, `text.model` and, last, `config.json`. The tokenizer keeps its own precision, so
+        that its tokens stay those that the language model was trained on."""
+        if not isinstance(self.text, SentencePieceText):
+            raise ValueError("a model that reads T5 vectors is saved without the T5 encoder; keep its folder beside it")
+        folder = Path(folder)
+        store.save(self.tokenizer, folder / "tokenizer")
+        store.save(self.lm, folder / "lm", dtype)
+        self.text.save(folder / "text.model")
+        config = {
+            "tokenizer": store.fingerprint(self.tokenizer),
+            "tasks": store.describe(self.tasks),
+            "shape": list(self.shape),
+            "fps": self.fps,
+            "sampling": vars(self.sampling),
+            "notes": notes or {},
+        }
+        store.write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VideoLM:
+        """The model of a folder written by `save_pretrained`; nothing in it can run code."""
+        folder = Path(folder)
+        config = store.read_json(folder / "config.json")
+        tokenizer = store.load(folder / "tokenizer")
+        if store.fingerprint(tokenizer) != config.get("tokenizer"):
+            raise ValueError(
+                f"{folder}/lm was trained on tokens of another tokenizer than {folder}/tokenizer "
+                f"({config.get('tokenizer')}, not {store.fingerprint(tokenizer)}); put the right one there"
+            )
+        try:
+            tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
+            sampling = Sampling(**config["sampling"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a video language model: {error}") from None
+        text = SentencePieceText(folder / "text.model")
+        return cls(tokenizer, text, store.load(folder / "lm"), tasks, shape, fps, sampling).eval()
+
+    def task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise ValueError(f"this model has no task {name!r}; it was trained for {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    def _given(self, given: Given | str | list[str]) -> Given:
+        if isinstance(given, Given):
+            return given.to(self.device)
+        captions = (given,) if isinstance(given, str) else tuple(given)
+        return Given(self.shape, captions, fps=self.fps)
+
+    def prepare(self, given: Given, task: str) -> tuple[Any, Any, Tensor]:
+        """Sequence, its counterpart without the prompt, and the places `(N, 3)` of the tokens to make."""
+        marker = self.task(task).marker
+        sequence = self.packer.pack(given, marker)
+        unprompted = self.packer.pack(given, marker, unprompted=True, slots=self.packer.slots(given.captions))
+        known = self.packer.known_tokens(given)
+        where = Tokens.positions(self.packer.grid(given), self.device)
+        return sequence, unprompted, where[0 if known is None else known.shape[1] :]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        given: Given | str | list[str],
+        task: str = "t2v",
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Clip:
+        """Clips for what is given: a prompt, several, or a `Given` with known pixels or a condition.
+
+        seed: sample i uses seed + i, whatever else is in the batch. progress: called with tokens made and tokens asked.
+        """
+        given = self._given(given)
+        sequence, unprompted, where = self.prepare(given, task)
+        made = generate(
+            self.lm.transformer,
+            self.lm.head,
+            sequence,
+            where,
+            sampling or self.sampling,
+            unprompted,
+            generator=seeded(list(range(seed, seed + len(given))), self.device),
+            callback=None if progress is None else lambda count, _: progress(count, len(where)),
+        )
+        codes = self.lm.head.vocabulary.from_visual(made)
+        known = self.packer.known_tokens(given)
+        if known is not None:
+            codes = torch.cat([known, codes], 1)
+        video = self.tokenizer.decode(codes.unflatten(1, self.packer.grid(given)))
+        return Clip(video, given.fps, given.captions)
+
+
+def load(name: str | Path) -> VideoLM:
+    """A model from the box by its name ("zoetrope"), or from a folder."""
+    folder = Path(name)
+    if not folder.is_dir() and (BOX / str(name)).is_dir():
+        folder = BOX / str(name)
+    if not folder.is_dir():
+        boxed = sorted(path.name for path in BOX.iterdir() if path.is_dir()) if BOX.is_dir() else []
+        raise FileNotFoundError(f"no model {name}: give a folder or one of the box: {', '.join(boxed) or '(empty)'}")
+    return VideoLM.from_pretrained(folder)

@@ -1,0 +1,180 @@
+"""From what is given to the sequence that the transformer sees, and from its tokens back to a clip's tokens.
+
+    <bos> <task> <bot_i> text <eot_i> [<bov_i> condition <eov_i>] <bov_o> known tokens | tokens to predict
+
+Everything before the bar is the prefix. Because the tokenizer is causal, the tokens of the first known frames are the
+first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Known
+frames further on go in as images at their own time, anything else that is known as a clip with the unknown pixels grey,
+whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a multiple of 8, as ordinary tokens, so
+that no attention mask is needed; leaving the prompt out (classifier-free guidance) means <pad> in place of the text.
+The end tokens are left out: the length is asked for, not predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reelm.lm.sequence import Sequence
+from reelm.lm.vocabulary import Special, Vocabulary, task_token
+from reelm.tasks.task import Given
+from reelm.tokenizers.text import LONGEST, MULTIPLE, SentencePieceText, T5Text
+from reelm.tokenizers.tokens import Tokens
+
+TEXT_TIME, CONDITION_TIME = -2, 32  # text stands before time 0, condition tokens this many latent frames before theirs
+
+
+class Packer:
+    """Packs for one tokenizer, text model and vocabulary.
+
+    Args:
+        tokenizer: video tokenizer with `encode`, `grid`, `compression`.
+        text: the text model.
+        vocabulary: the language model's id space.
+    """
+
+    def __init__(self, tokenizer: nn.Module, text: SentencePieceText | T5Text, vocabulary: Vocabulary) -> None:
+        self.tokenizer, self.text, self.vocabulary = tokenizer, text, vocabulary
+
+    def text_length(self, caption: str) -> int:
+        """Text slots that a caption takes."""
+        return self.slots((caption,))
+
+    def slots(self, captions: Iterable[str]) -> int:
+        """Text slots of a batch: enough for the longest of its prompts."""
+        longest = max((len(row) for row in self.text.encode([c for c in captions if c])), default=0)
+        return min(max(-(-longest // MULTIPLE), 1) * MULTIPLE, LONGEST)
+
+    def _text(self, captions: tuple[str, ...], drop: Tensor, slots: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Ids `(B, slots)`, and vectors and their mask where the text model embeds the text itself."""
+        drop = drop | torch.tensor([not caption for caption in captions], device=drop.device)
+        if self.text.vocabulary:
+            rows = [[self.vocabulary.text_range.start + i for i in row] for row in self.text.encode(list(captions))]
+            rows = [row + [int(Special.pad)] * (slots - len(row)) for row in rows]
+            ids = torch.tensor(rows, device=drop.device)[:, :slots]
+            return torch.where(drop[:, None], int(Special.pad), ids), None, None
+        vectors, mask = (x.to(drop.device) for x in self.text(list(captions)))
+        short = slots - vectors.shape[1]
+        vectors, mask = F.pad(vectors.float(), (0, 0, 0, short)), F.pad(mask, (0, short))
+        ids = torch.full(mask.shape, int(Special.text), device=drop.device)
+        return ids, vectors, mask & ~drop[:, None]
+
+    def _conditions(self, given: Given, leading: int) -> list[tuple[Tensor, Tensor]]:
+        """Token ids `(B, N)` and positions `(N, 3)` of each piece of what is known beyond the leading frames."""
+        pieces = []
+        if given.condition is not None:
+            pieces.append(self._video_tokens(given.condition))
+        if given.known is None or given.known.shape[2] <= leading or not given.known[:, :, leading:].any():
+            return pieces
+        frames = given.known[:, :, leading:].flatten(3)
+        whole = frames.all(-1).all(0)[0]
+        if (whole == frames.any(-1).any(0)[0]).all():  # whole frames only: images at their time
+            for frame in (leading + whole.nonzero()[:, 0]).tolist():
+                ids, positions = self._video_tokens(given.video[:, :, frame : frame + 1])
+                latent = -(-frame // self.tokenizer.compression[0])
+                pieces.append((ids, positions + torch.tensor([latent, 0, 0], device=ids.device)))
+            return pieces
+        ids, positions = self._video_tokens(given.video)
+        grid = self.tokenizer.grid(*given.video.shape[2:])
+        known = F.adaptive_max_pool2d(given.known[:, 0].float(), grid[1:])  # any known pixel of the supervoxel
+        per_latent = torch.cat([known[:, :1], known[:, 1:].unflatten(1, (grid[0] - 1, -1)).amax(2)], 1)
+        mask = torch.full_like(ids, int(Special.mask))
+        pieces.append((torch.where(per_latent.flatten(1) > 0, ids, mask), positions))
+        return pieces
+
+    def _video_tokens(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self.tokenizer.encode(video)
+        return self.vocabulary.to_visual(ids.flatten(1)), Tokens.positions(tuple(ids.shape[1:]), ids.device)
+
+    def grid(self, given: Given) -> tuple[int, int, int]:
+        """Token grid of what is to be made."""
+        return self.tokenizer.grid(*given.shape)
+
+    def known_tokens(self, given: Given) -> Tensor | None:
+        """Tokens of the leading known frames `(B, N)`, or None; frames that don't fill a latent frame don't count."""
+        leading = given.leading
+        if not leading:
+            return None
+        leading = 1 + (leading - 1) // self.tokenizer.compression[0] * self.tokenizer.compression[0]
+        return self.tokenizer.encode(given.video[:, :, :leading]).flatten(1)
+
+    def pack(
+        self,
+        given: Given,
+        marker: int,
+        target: Tensor | None = None,
+        unprompted: Tensor | bool = False,
+        slots: int | None = None,
+    ) -> Sequence:
+        """The sequence of a batch.
+
+        target: ids of the whole clip `(B, t, h, w)` for training; without it the sequence ends with its prefix.
+        unprompted: `(B,)` bool, whose prompts are left out; True for all.
+        slots: text slots, where not those of the longest prompt.
+        """
+        v, batch = self.vocabulary, len(given)
+        grid = self.grid(given)
+        per_frame = grid[1] * grid[2]
+        device = next(self.tokenizer.parameters()).device
+        drop = torch.as_tensor(unprompted, device=device).expand(batch)
+        text, context, context_mask = self._text(given.captions, drop, slots or self.slots(given.captions))
+
+        if target is not None:
+            leading = given.leading
+            latents = 0 if not leading else 1 + (leading - 1) // self.tokenizer.compression[0]
+            tokens = target.flatten(1)
+            known = latents * per_frame
+        else:
+            tokens = self.known_tokens(given)
+            tokens = torch.zeros(batch, 0, dtype=torch.long, device=device) if tokens is None else tokens
+            known = tokens.shape[1]
+            latents = known // per_frame
+        used = 0 if latents == 0 else 1 + (latents - 1) * self.tokenizer.compression[0]
+
+        ids: list[Tensor] = []
+        positions: list[Tensor] = []
+
+        def add(new_ids: Tensor, new_positions: Tensor) -> None:
+            ids.append(new_ids.expand(batch, -1))
+            positions.append(new_positions)
+
+        def add_special(token: int, row: int) -> None:
+            add(torch.tensor([[int(token)]], device=device), torch.tensor([[TEXT_TIME, row, 0]], device=device))
+
+        add_special(Special.bos, 0)
+        add_special(task_token(marker), 1)
+        add_special(Special.bot_i, 2)
+        column = torch.arange(text.shape[1], device=device)
+        add(text, torch.stack([torch.full_like(column, TEXT_TIME), torch.full_like(column, 3), column], -1))
+        add_special(Special.eot_i, 4)
+        conditions = self._conditions(given, used)
+        if conditions:
+            add_special(Special.bov_i, 5)
+            for condition_ids, where in conditions:
+                add(condition_ids, where - torch.tensor([CONDITION_TIME, 0, 0], device=device))
+            add_special(Special.eov_i, 6)
+        add_special(Special.bov_o, 7)
+        prefix = sum(part.shape[1] for part in ids) + known
+        where = Tokens.positions(grid, device)
+        add(v.to_visual(tokens), where[: tokens.shape[1]])
+
+        all_ids = torch.cat(ids, 1)
+        loss = torch.zeros_like(all_ids, dtype=torch.bool)
+        if target is not None:
+            loss[:, prefix:] = True
+        stacked = torch.cat(positions)
+        # the site that each position predicts: the next one's, for the last one the next of the grid
+        following = where[tokens.shape[1]] if tokens.shape[1] < len(where) else stacked[-1]
+        next_positions = torch.cat([stacked[1:], following[None]])
+        return Sequence(
+            ids=all_ids,
+            positions=stacked.expand(batch, -1, -1),
+            next_positions=next_positions.expand(batch, -1, -1),
+            prefix=prefix,
+            loss=loss,
+            context=context,
+            context_mask=context_mask,
+        )

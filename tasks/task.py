@@ -1,0 +1,122 @@
+"""What a task is: how a clip splits into what the model is told and what it must make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reelm.data.clip import Clip
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the model is told about a batch of B clips.
+
+    shape: frames, height and width of what is to be made.
+    captions: one prompt a sample; "" where there is none.
+    video: `(B, 3, T, H, W)` pixels in [-1, 1], of any T up to `shape[0]`; what is not known is 0. None: nothing known.
+    known: `(B, 1, T, H, W)` bool, which pixels of `video` are known. The one convention for every task.
+    condition: `(B, 3, T', H, W)` a video that says what to make without being part of it (depth and flow), or None.
+    """
+
+    shape: tuple[int, int, int]
+    captions: tuple[str, ...]
+    video: Tensor | None = None
+    known: Tensor | None = None
+    condition: Tensor | None = None
+    fps: float = 8.0
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def replace(self, **changes) -> Given:
+        return replace(self, **changes)
+
+    def to(self, *args, **kwargs) -> Given:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Given(**{k: v.to(*args, **kwargs) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    @property
+    def leading(self) -> int:
+        """How many frames from the first on are wholly known, in every sample."""
+        if self.known is None:
+            return 0
+        whole = self.known.flatten(3).all(-1)[:, 0].all(0)
+        return int(whole.long().cumprod(0).sum())
+
+
+class Task(Protocol):
+    """How a clip splits. Tasks are pure: all chance comes from `generator`.
+
+    name: of the task. marker: number of its task token, one for each kind of output
+    (0 a clip from a prompt and its first frames, 1 inpainting, 2 outpainting, 3 stylization). frames: clip length it wants (None: what the
+    data has). controls: names of the truths it needs in `Clip.controls`.
+    """
+
+    name: str
+    marker: int
+    frames: int | None
+    controls: tuple[str, ...]
+
+    def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]: ...
+
+
+def random_int(low: int, high: int, generator: torch.Generator | None) -> int:
+    """A whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def mask_video(clip: Clip, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The clip's pixels where `known` (broadcastable bool) is true, 0 elsewhere, and the full-size mask."""
+    known = known.expand(len(clip), 1, *clip.video.shape[2:])
+    return clip.video * known, known
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several tasks with weights; itself what a training run is given.
+
+    parts: the tasks by name. weights: how many clips of each, relative to the others; without one, a part is left out. image_first: share of the
+    steps at the start in which `image_share` of the clips are images (VideoPoet, section 3.3: 90 % in the first 25 % of
+    the steps, 10 % later).
+    """
+
+    parts: Mapping[str, Task]
+    weights: Mapping[str, float]
+    image_first: float = 0.25
+    image_share: tuple[float, float] = (0.9, 0.1)
+    image_batch: float = 4.0
+    name: str = "mixture"
+
+    def __post_init__(self) -> None:
+        unknown = set(self.weights) - set(self.parts)
+        if unknown or not any(self.weights.values()):
+            raise ValueError(f"a mixture needs weights for some of {', '.join(self.parts)}; got {dict(self.weights)}")
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return tuple(task for name, task in self.parts.items() if self.weights.get(name, 0) > 0)
+
+    def schedule(self, task: Task) -> Callable[[float], float]:
+        """Weight of a task at each point of the training, progress running from 0 to 1."""
+        image = task.frames == 1
+        total = sum(self.weights[t.name] for t in self.tasks if (t.frames == 1) == image)
+        alone = all((t.frames == 1) == image for t in self.tasks)
+        within = self.weights[task.name] / total
+
+        def weight(progress: float) -> float:
+            if alone:
+                return within
+            share = self.image_share[0 if progress < self.image_first else 1]
+            # groups are drawn by the step and an image step holds `image_batch` times as many clips
+            return within * (share / self.image_batch if image else 1 - share)
+
+        return weight
+
+
+def tasks_of(task: Task | Mixture) -> tuple[Task, ...]:
+    return task.tasks if isinstance(task, Mixture) else (task,)
