@@ -1,7 +1,7 @@
 """What is said about a Zoetrope scene, and what a sentence says about a scene.
 
-Every attribute value has a few phrasings, and no phrase of one value is part of a phrase of another kind, so that `parse`
-reads every caption (and most free prompts in the same words) back into attributes.
+Every attribute value has a few phrasings, and no phrase of one value is part of a phrase of another kind, so that
+`parse` reads every caption (and most free prompts in the same words) back into attributes.
 """
 
 from __future__ import annotations

@@ -14,12 +14,19 @@ from reelm.data.clip import Clip
 from reelm.data.zoetrope.captions import caption
 from reelm.data.zoetrope.render import render
 from reelm.data.zoetrope.scene import SPLITS, Scene, sample_scene
+from reelm.data.zoetrope.sound import sound
+from reelm.data.zoetrope.truth import truth
+
+RATE = 16_000  # samples of sound a second
+CONTROLS = {"depth": "depth", "flow": "flow", "camera": "camera", "mask": "masks"}  # a control, and the truth it shows
 
 
 class Zoetrope(Dataset[Clip]):
     """Clips of one split, each a pure function of `(seed, split, index)`.
 
     size: pixels, one number or (height, width). captions: "full", "short", or "mixed" (either, drawn by index).
+    controls: which truths every clip carries, of "depth", "flow", "camera" and "mask" (all objects together). audio:
+    carry the scene's stereo sound, `frames / fps` seconds at 16 kHz (an image has none).
     """
 
     def __init__(
@@ -31,14 +38,20 @@ class Zoetrope(Dataset[Clip]):
         seed: int = 0,
         length: int = 1_000_000,
         captions: Literal["mixed", "full", "short"] = "mixed",
+        controls: Sequence[str] = (),
+        audio: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
         if captions not in ("mixed", "full", "short"):
             raise ValueError(f"unknown kind of captions {captions!r}: choose mixed, full or short")
+        unknown = [name for name in controls if name not in CONTROLS]
+        if unknown:
+            raise ValueError(f"Zoetrope has no control {unknown[0]!r}: choose from {', '.join(CONTROLS)}")
         self.split, self.frames, self.fps = split, frames, fps
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.seed, self.length, self.captions = seed, length, captions
+        self.controls, self.audio = tuple(controls), audio
 
     def __len__(self) -> int:
         return self.length
@@ -57,17 +70,42 @@ class Zoetrope(Dataset[Clip]):
         """The caption of a clip, without drawing it."""
         return self._caption(self.scene(index, frames), index, frames or self.frames)
 
-    def get(self, index: int, frames: int | None = None) -> Clip:
-        """A batch of one clip of `frames` frames (default: the dataset's own); 1 is an image."""
+    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None) -> Clip:
+        """A batch of one clip with `frames` frames (1 is an image) and these controls; default: the dataset's own."""
         frames = frames or self.frames
         scene = self.scene(index, frames)
         pixels = render(scene, frames, self.size, self.fps)
+        controls = self.controls if controls is None else tuple(controls)
+        audio = None
+        if self.audio and frames > 1:
+            audio = torch.from_numpy(sound(scene, frames / self.fps, RATE))[None]
         return Clip(
             video=_to_video(pixels),
             fps=self.fps,
+            audio=audio,
+            audio_rate=None if audio is None else RATE,
+            controls=self._controls(scene, frames, controls),
             captions=(self._caption(scene, index, frames),),
             keys=(f"zoetrope/{self.split}/{index}",),
         )
+
+    def _controls(self, scene: Scene, frames: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+        fields = {CONTROLS[name] for name in names if name in CONTROLS}
+        if len(fields) < len(set(names)):
+            unknown = next(name for name in names if name not in CONTROLS)
+            raise ValueError(f"Zoetrope has no control {unknown!r}: choose from {', '.join(CONTROLS)}")
+        known = truth(scene, frames, self.size, self.fps, tuple(fields)) if fields else {}
+        made = {}
+        for name in names:
+            values = torch.from_numpy(known[CONTROLS[name]])
+            if name == "mask":
+                values = values.any(0)[None]  # (1, T, H, W)
+            elif name == "depth":
+                values = values[None]
+            elif name == "flow":
+                values = values.permute(3, 0, 1, 2).contiguous()
+            made[name] = values[None]
+        return made
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < self.length:

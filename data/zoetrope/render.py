@@ -67,7 +67,7 @@ def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _axis(pixels: int, unit: int) -> np.ndarray:
+def pixel_axis(pixels: int, unit: int) -> np.ndarray:
     """World coordinates of the pixel centres along one side."""
     return ((np.arange(pixels) + 0.5 - pixels / 2) / unit + 0.5).astype(np.float32)
 
@@ -94,8 +94,8 @@ def _background(scene: Scene, times: np.ndarray, size: tuple[int, int], style: s
     if scene.camera == "static":
         times = times[:1]
     centre_x, centre_y, zoom = (a[:, None].astype(np.float32) for a in camera_path(scene.camera, scene.seconds, times))
-    x = (_axis(width, unit) - 0.5) / zoom + centre_x  # (T, W) world
-    y = (_axis(height, unit) - 0.5) / zoom + centre_y
+    x = (pixel_axis(width, unit) - 0.5) / zoom + centre_x  # (T, W) world
+    y = (pixel_axis(height, unit) - 0.5) / zoom + centre_y
     level = 36.0 + 12.0 * (scene.tone % 4)
     if scene.background == "plain":
         light = np.full((1, height, width), level, np.float32)
@@ -118,11 +118,11 @@ def _background(scene: Scene, times: np.ndarray, size: tuple[int, int], style: s
     return tint[:, None, None, None] * light
 
 
-def _local(shape: str, place: Poses, i: int, box: tuple[slice, slice], size: tuple[int, int]) -> np.ndarray:
+def object_distance(shape: str, place: Poses, i: int, box: tuple[slice, slice], size: tuple[int, int]) -> np.ndarray:
     """Signed distance of object `i` in pixels, (T, h, w), inside `box`."""
     unit = min(size)
-    u = _axis(size[1], unit)[box[1]][None, None, :] - place.x[i, :, None, None].astype(np.float32)
-    v = _axis(size[0], unit)[box[0]][None, :, None] - place.y[i, :, None, None].astype(np.float32)
+    u = pixel_axis(size[1], unit)[box[1]][None, None, :] - place.x[i, :, None, None].astype(np.float32)
+    v = pixel_axis(size[0], unit)[box[0]][None, :, None] - place.y[i, :, None, None].astype(np.float32)
     radius = place.radius[i].astype(np.float32)[:, None, None]
     if place.angle[i].any():
         cos = np.cos(place.angle[i]).astype(np.float32)[:, None, None]
@@ -134,7 +134,7 @@ def _local(shape: str, place: Poses, i: int, box: tuple[slice, slice], size: tup
     return far
 
 
-def _box(shape: str, place: Poses, i: int, size: tuple[int, int], pad: float) -> tuple[slice, slice]:
+def object_box(shape: str, place: Poses, i: int, size: tuple[int, int], pad: float = 0.0) -> tuple[slice, slice]:
     """The rows and columns that object `i` can touch in any frame, `pad` world units around it included."""
     unit = min(size)
     reach = place.radius[i] * REACH[shape] + pad + 1.0 / unit
@@ -160,7 +160,8 @@ def _coverage(far: np.ndarray, style: str, unit: int) -> np.ndarray:
     return np.maximum(line, 0.5 * np.exp(away * (-1 / (GLOW * unit))))
 
 
-def _size(size: int | tuple[int, int]) -> tuple[int, int]:
+def frame_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) from one number or two."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -180,15 +181,15 @@ def render(
 ) -> np.ndarray:
     """The scene's clip, uint8 (T, H, W, 3); `style` overrides the scene's own."""
     style = style or scene.style
-    height, width = _size(size)
+    height, width = frame_size(size)
     times = np.arange(frames) / fps
     place = poses(scene, times)
     if style == "pixel":
         unit = min(height, width)
         rows, columns = (math.ceil(side * BLOCKS / unit / 2) * 2 for side in (height, width))
         canvas = _paint(scene, times, _snap(scene, place), (rows, columns), style)
-        row_of = np.floor((_axis(height, unit) - 0.5) * BLOCKS + rows / 2).astype(int)
-        column_of = np.floor((_axis(width, unit) - 0.5) * BLOCKS + columns / 2).astype(int)
+        row_of = np.floor((pixel_axis(height, unit) - 0.5) * BLOCKS + rows / 2).astype(int)
+        column_of = np.floor((pixel_axis(width, unit) - 0.5) * BLOCKS + columns / 2).astype(int)
         return canvas[:, row_of][:, :, column_of]
     return _paint(scene, times, place, (height, width), style)
 
@@ -199,8 +200,8 @@ def _paint(scene: Scene, times: np.ndarray, place: Poses, size: tuple[int, int],
     canvas[:] = _background(scene, times, size, style)
     for i in sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].depth):
         thing = scene.objects[i]
-        rows, columns = box = _box(thing.shape, place, i, size, 4 * GLOW if style == "neon" else 0.0)
-        cover = _coverage(_local(thing.shape, place, i, box, size), style, unit)
+        rows, columns = box = object_box(thing.shape, place, i, size, 4 * GLOW if style == "neon" else 0.0)
+        cover = _coverage(object_distance(thing.shape, place, i, box, size), style, unit)
         for channel, value in enumerate(COLOURS[thing.colour]):
             part = canvas[channel, :, rows, columns]
             part += cover * (value - part)

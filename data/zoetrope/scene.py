@@ -59,10 +59,13 @@ _CHECKS = np.linspace(0, 1, 17)  # moments of the clip at which places are check
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """One object. `rate`, `span` and `phase` mean, by motion: a direction moves `rate` a second; `bounce` jumps `span`
-    high `rate` times a second; an orbit has the radius `span` and `rate` turns a second; `spin` turns `rate` a second
-    (its sign is its sense); `grow` and `shrink` change the scale by `rate` a second; `appear` and `vanish` happen at the
-    second `phase`. For bounces and orbits `phase` is the share of a period already gone at time 0."""
+    """One object. What `rate`, `span` and `phase` mean depends on the motion.
+
+    A direction moves `rate` a second; `bounce` jumps `span` high `rate` times a second; an orbit has the radius `span`
+    and `rate` turns a second; `spin` turns `rate` a second (its sign is its sense); `grow` and `shrink` change the
+    scale by `rate` a second; `appear` and `vanish` happen at the second `phase`. For bounces and orbits `phase` is the
+    share of a period gone at time 0.
+    """
 
     shape: str
     colour: str
@@ -259,7 +262,7 @@ def _place(rng: np.random.Generator, triples: list[tuple[str, str, str]], camera
         elif motion == "spin":
             rate, phase = (0.25 + 0.1 * span_draw) * (1 if rate_draw < 0.5 else -1), 0.0
         elif motion in ("grow", "shrink"):
-            rate, phase = (1 - SMALLEST_SCALE) / (seconds - 0.125), 0.0
+            rate, phase = (1 - SMALLEST_SCALE) / max(seconds - 0.125, seconds / 2), 0.0
         elif motion in ("appear", "vanish"):
             phase = (0.35 + 0.3 * phase) * seconds
         else:
