@@ -244,6 +244,8 @@ class Decoder:
         best = self.container.streams.best("video")
         self.stream = best if best in videos else videos[0]
         context = self.stream.codec_context
+        if context is None:
+            raise self.error("needs a decoder that is not there: convert it to H.264 mp4")
         self._check_pixels(context.width, context.height)
         if self.stream.metadata.get("alpha_mode") == "1" and context.name in ("vp8", "vp9"):
             # Only this decoder knows how Matroska keeps transparency.
