@@ -80,7 +80,9 @@ class Packer:
         ids, positions = self._video_tokens(given.video)
         grid = self.tokenizer.grid(*given.video.shape[2:])
         known = F.adaptive_max_pool2d(given.known[:, 0].float(), grid[1:])  # any known pixel of the supervoxel
-        per_latent = torch.cat([known[:, :1], known[:, 1:].unflatten(1, (grid[0] - 1, -1)).amax(2)], 1)
+        step = self.tokenizer.compression[0]
+        later = [known[:, i : i + step].amax(1, keepdim=True) for i in range(1, known.shape[1], step)]
+        per_latent = torch.cat([known[:, :1], *later], 1)
         mask = torch.full_like(ids, int(Special.mask))
         pieces.append((torch.where(per_latent.flatten(1) > 0, ids, mask), positions))
         return pieces

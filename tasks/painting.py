@@ -25,6 +25,12 @@ class Painting:
     frames: int | None = None
     controls: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest <= self.largest < 1:
+            raise ValueError(
+                f"{self.name}'s rectangle needs 0 < smallest <= largest < 1; got {self.smallest} and {self.largest}"
+            )
+
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         height, width = clip.size
         box = torch.zeros(1, 1, 1, height, width, dtype=torch.bool, device=clip.video.device)

@@ -37,8 +37,17 @@ class Given:
         return replace(self, **changes)
 
     def to(self, *args, **kwargs) -> Given:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Given(**{k: v.to(*args, **kwargs) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        """The same with its tensors moved; a dtype applies to pixels, not to what is known."""
+
+        def move(value):
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_floating_point():
+                return value.to(*args, **kwargs)
+            device = torch._C._nn._parse_to(*args, **kwargs)[0]
+            return value if device is None else value.to(device)
+
+        return Given(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
     @property
     def leading(self) -> int:
@@ -94,8 +103,11 @@ class Mixture:
 
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(self.parts)
-        if unknown or not any(self.weights.values()):
+        if unknown or min(self.weights.values(), default=0) < 0 or not any(self.weights.values()):
             raise ValueError(f"a mixture needs weights for some of {', '.join(self.parts)}; got {dict(self.weights)}")
+        for name, task in self.parts.items():
+            if task.name != name:
+                raise ValueError(f"the mixture's part {name} is the task {task.name}; give both the same name")
 
     @property
     def tasks(self) -> tuple[Task, ...]:
