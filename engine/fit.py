@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from reelm.engine import store
 from reelm.engine.callbacks import LAST, Checkpoint, Export, FiniteLoss, Progress
 
 SIGTERM_STATUS = 143
@@ -39,6 +40,25 @@ def loggers(output: Path) -> list[Any]:
     return [CSVLogger(output, name="logs", version=""), TensorBoardLogger(output, name="tensorboard", version="")]
 
 
+def check_checkpoint(path: Path) -> None:
+    """ValueError where a file is no whole checkpoint of a training run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has no error of its own for a damaged file
+        raise ValueError(f"{path} is damaged or no checkpoint of this program; delete it to start anew") from error
+    parts = ("state_dict", "optimizer_states", "loops", "random")
+    missing = [name for name in parts if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of this program: it has no {missing[0]}; delete it to start anew")
+
+
+def start_from(module: L.LightningModule, folder: str | Path) -> None:
+    """Begins with the weights of an exported model instead of random ones (a new run: optimiser and data start anew)."""
+    part = module.start_from_part
+    name = part if (Path(folder) / part).is_dir() else "."
+    store.load_weights(getattr(module, part), Path(folder) / name / "model.safetensors")
+
+
 def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:
     """Fits and exports; returns the exit status (143 when a SIGTERM ended it early, as shells expect)."""
     checkpoint = output / LAST
@@ -46,7 +66,14 @@ def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         raise FileNotFoundError(f"resume=true but there is no {checkpoint}; name the run's folder by output=...")
     if not resume and checkpoint.is_file():
         raise FileExistsError(f"{checkpoint} exists; continue it with resume=true or choose another output=...")
-    trainer.fit(module, data, ckpt_path=str(checkpoint) if resume else None, weights_only=True if resume else None)
+    if resume:
+        check_checkpoint(checkpoint)
+    try:
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if resume else None, weights_only=True if resume else None)
+    except RuntimeError as error:
+        if not resume or "Error(s) in loading state_dict" not in str(error):
+            raise
+        raise ValueError(f"{checkpoint} is of a model of another shape; give the settings it was trained with") from error
     terminated = any(getattr(part, "terminated", False) for part in trainer.callbacks)
     if not terminated and trainer.is_global_zero:
         module.export(output / "model", step=trainer.global_step)

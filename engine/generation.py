@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
 from reelm.data.clip import Clip
 from reelm.data.controls import control_image, flow, pseudo_depth
 from reelm.data.reading import probe, read_image, read_video
-from reelm.engine.video_lm import VideoLM
+from reelm.data.writing import PICTURES, VIDEOS, write_contact_sheet, write_image, write_video
+from reelm.engine.store import fingerprint, write_file
+from reelm.engine.video_lm import VideoLM, load
 from reelm.lm.sampling import Sampling
 from reelm.tasks.task import Given
 
@@ -184,3 +192,79 @@ def make(
     return Clip(result.cpu(), model.fps, (inputs.prompt,) * samples)
 
 
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the generate program; the fields are those of conf/generate.yaml."""
+
+    model: str
+    task: str | None
+    inputs: Inputs
+    output: str | None = None
+    seconds: float | None = None
+    frames: int | None = None
+    samples: int = 1
+    seed: int = 0
+    keep_known: bool = True
+
+
+def _outputs(job: Job, task: str) -> tuple[Path, str]:
+    """The result's path, checked before any work, and its extension."""
+    suffix = ".png" if task == "t2i" else ".mp4"
+    path = Path(job.output) if job.output else Path("outputs") / f"{task}{suffix}"
+    allowed = PICTURES if task == "t2i" else VIDEOS
+    if path.suffix.lower() not in allowed:
+        raise ValueError(f"output={path} ends in {path.suffix or 'nothing'}; task={task} writes {', '.join(allowed)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output folder {path.parent} cannot be written: {error.strerror}; give another output=...") from None
+    return path, path.suffix.lower()
+
+
+def run_job(job: Job, sampling: Sampling, config: dict) -> list[Path]:
+    """Makes the clips, writes them with a JSON of what made them, and a contact sheet of several."""
+    if job.samples < 1:
+        raise ValueError(f"samples={job.samples}; give 1 or more")
+    started = time.monotonic()
+    task = job.task or job.inputs.task()
+    job.inputs.check(task)
+    path, suffix = _outputs(job, task)
+    model = load(job.model)
+    model.task(task)
+    frames = job.frames or (round(job.seconds * model.fps) + 1 if job.seconds else None)
+    loaded = time.monotonic()
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
+        line = bar.add_task(f"{task} tokens")
+        clip = make(
+            model, task, job.inputs, frames, job.samples, job.seed, sampling, job.keep_known,
+            note=lambda text: print(f"note: {text}", file=sys.stderr),
+            progress=lambda made, total: bar.update(line, completed=made, total=total),
+        )  # fmt: skip
+    made = time.monotonic()
+    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
+    for i, one in enumerate(paths):
+        (write_image if suffix in PICTURES else write_video)(one, clip[i])
+    record = {
+        "task": task,
+        "prompt": job.inputs.prompt,
+        "frames": clip.frames,
+        "size": list(clip.size),
+        "fps": clip.fps,
+        "seeds": list(range(job.seed, job.seed + job.samples)),
+        "sampling": vars(sampling),
+        "tokenizer": fingerprint(model.tokenizer),
+        "language_model": fingerprint(model.lm),
+        "seconds": {"load": round(loaded - started, 3), "make": round(made - loaded, 3)},
+        "config": config,
+    }
+    write_file(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+    if job.samples > 1:
+        paths.append(write_contact_sheet(path.with_suffix(".png"), clip, columns=6, scale=2))
+    for one in paths:
+        print(f"wrote {one}")
+    print(f"{clip.frames} frames in {made - loaded:.1f} s (loading: {loaded - started:.1f} s)")
+    return paths

@@ -42,6 +42,7 @@ class LMTraining(L.LightningModule):
     """
 
     metric = "val/nll"  # what a sweep optimises
+    start_from_part = "lm"  # what `init=` gives weights to
 
     def __init__(
         self,
@@ -56,24 +57,22 @@ class LMTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.video_tokenizer = [store.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
-        self.transformer, self.make_head, self.task, self.optimisation = lm, head, task, optimisation
+        self.task, self.optimisation = task, optimisation
         self.tasks = {part.name: part for part in tasks_of(task)}
         self.text, self.text_drop, self.sampling = text, text_drop, sampling
+        pieces = text if isinstance(text, int) else text.vocabulary
+        vocabulary = Vocabulary(visual=self.video_tokenizer[0].vocabulary, text=pieces)
+        self.lm = LanguageModel(lm, head(vocabulary=vocabulary, width=lm.width))
         self.model: VideoLM | None = None
         self.tokenizer_hash = store.fingerprint(self.video_tokenizer[0])
 
     def setup(self, stage: str) -> None:
         data: ClipData = self.trainer.datamodule
         if self.model is None:
-            text, tokenizer = self.text, self.video_tokenizer[0]
-            if isinstance(text, int):
-                text = train_text(data.train, text)
-            vocabulary = Vocabulary(visual=tokenizer.vocabulary, text=text.vocabulary)
-            self.lm = LanguageModel(self.transformer, self.make_head(vocabulary=vocabulary, width=self.transformer.width))
+            text = train_text(data.train, self.text) if isinstance(self.text, int) else self.text
             first = data.train.get(0)
-            model = VideoLM(
-                tokenizer, text, self.lm, self.tasks, (first.frames, *first.size), first.fps, self.sampling
-            )
+            shape = (first.frames, *first.size)
+            model = VideoLM(self.video_tokenizer[0], text, self.lm, self.tasks, shape, first.fps, self.sampling)
             object.__setattr__(self, "model", model)  # a view: its parts are trained and saved as `lm`
         data.text_length = self.model.packer.text_length
         data.groups = [

@@ -69,6 +69,7 @@ class MuonAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
+                    state["step"] = torch.zeros(())  # AdamW asks each state for one when it loads
                     state["average"] = torch.zeros_like(parameter)
                 average = state["average"].mul_(group["momentum"]).add_(parameter.grad)
                 update = orthogonalised(parameter.grad.add(average, alpha=group["momentum"]).flatten(1))

@@ -79,6 +79,7 @@ def _packed(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
             # symmetric, one scale a row (output channel)
             rows = weight.float().flatten(1)
             scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
+            scale = scale.bfloat16().float()  # short, so that what is loaded is saved as the same numbers again
             packed[name] = (rows / scale).round().to(torch.int8).view(weight.shape).contiguous()
             packed[f"{name}.scale"] = scale.squeeze(1)
         elif dtype != "float32" and weight.is_floating_point() and weight.ndim >= 2:
@@ -96,11 +97,11 @@ def save(
     Without a `dtype` it is that of the folder the model was loaded from (whose weights it then reproduces), or float32.
     """
     folder, dtype = Path(folder), dtype or getattr(model, "stored_dtype", "float32")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": describe(model), "dtype": dtype, "notes": notes or {}}
-    write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
     packed = _packed(model.state_dict(), dtype)
+    config = {"model": describe(model), "dtype": dtype, "notes": notes or {}}
+    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", lambda p: save_file(packed, p))
+    write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,8 +122,10 @@ def load(folder: str | Path) -> nn.Module:
     config = read_json(folder / "config.json")
     try:
         model = build(config["model"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the config of {folder} does not fit this version of reelm: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the config of {folder} describes no model")
     model.stored_dtype = config.get("dtype", "float32")
     load_weights(model, folder / "model.safetensors")
     return model.eval().requires_grad_(False)
@@ -140,7 +143,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     weights = {}
     for name, weight in stored.items():
         if weight.dtype == torch.int8:
-            scale = stored[f"{name}.scale"]
+            scale = stored.get(f"{name}.scale")
+            if scale is None or scale.shape != weight.shape[:1]:
+                raise ValueError(f"{path} holds {name} as int8 without one scale a row")
             weight = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
         if not (name.endswith(".scale") and stored.get(name[: -len(".scale")], weight).dtype == torch.int8):
             weights[name] = weight.float() if weight.is_floating_point() else weight

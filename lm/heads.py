@@ -146,12 +146,16 @@ class Head(nn.Module):
         smoothed, plain, right = zip(
             *(
                 cross_entropy(logits, target, label_smoothing)
-                for logits, target in zip(self.logits(hidden), targets, strict=True)
+                for logits, target in zip(self.logits_given(hidden, targets), targets, strict=True)
             ),
             strict=True,
         )
         whole = torch.stack(right).prod(0)  # a code is right when all its parts are
         return torch.stack([(weights * value).sum() for value in (sum(smoothed), sum(plain), whole)])
+
+    def logits_given(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Scores of each part when those before it are known, as in training."""
+        return self.logits(hidden)
 
     @property
     def size_of_logits(self) -> int:
@@ -274,3 +278,56 @@ class Factorized(Head):
         for n, part in zip(self.bits, parts, strict=True):
             codes = codes << n | part
         return codes
+
+
+class Chained(Factorized):
+    """Sub-tokens one after the other: each is predicted from the hidden state and the sub-tokens before it.
+
+    Next-sub-token prediction as in Open-MAGVIT2 (arXiv:2409.04410, section 3.3), with a two-layer network in place of its
+    transformer over two positions. Unlike `Factorized` it samples codes whose parts fit together.
+
+    Args:
+        bits: bits of each sub-token, the highest first.
+        tied: the same tables for embedding and for scores.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        width: int,
+        bits: tuple[int, ...] = (6, 12),
+        offset: int = SPECIAL,
+        tied: bool = False,
+    ) -> None:
+        super().__init__(vocabulary, width, bits, offset, tied)
+        self.links = nn.ModuleList(
+            nn.Sequential(Linear(2 * width, 2 * width), nn.SiLU(), Linear(2 * width, width)) for _ in self.bits[1:]
+        )
+
+    def _score(self, hidden: Tensor, k: int, before: tuple[Tensor, ...]) -> Tensor:
+        """Scores of part k after the parts before it."""
+        if k:
+            known = sum(table(part) for table, part in zip(self.tables, before[:k], strict=False))
+            known = known * self.width**0.5  # tables begin small, hidden states are of unit size
+            hidden = hidden + self.links[k - 1](torch.cat([hidden, known.to(hidden.dtype)], -1))
+        return linear(hidden, (self.scores or self.tables)[k].weight)
+
+    def logits_given(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(self._score(hidden, k, targets) for k in range(len(self.bits)))
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Scores along the most probable parts."""
+        parts: tuple[Tensor, ...] = ()
+        scores: tuple[Tensor, ...] = ()
+        for k in range(len(self.bits)):
+            scores += (self._score(hidden, k, parts),)
+            parts += (scores[-1].argmax(-1),)
+        return scores
+
+    def sample(self, hidden: Tensor, sampler: Callable[[Tensor], Tensor]) -> Tensor:
+        drawn: tuple[Tensor, ...] = ()
+        for k in range(len(self.bits)):
+            copies = len(hidden) // len(drawn[0]) if drawn else 1  # 2 with guidance: both halves go on from one choice
+            before = tuple(part.repeat(copies) for part in drawn)
+            drawn += (sampler(self._score(hidden, k, before).float()),)
+        return self.join(drawn) + self.offset

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reelm.lm import heads
+from reelm.lm import heads, sampling
 from reelm.lm.heads import Categorical, Factorized, Head, cross_entropy
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
@@ -189,3 +189,34 @@ def test_a_tiny_batch_is_learnt_by_heart(head, autocast):
         assert all(p.grad is None or p.grad.isfinite().all() for p in parameters)
         optimizer.step()
     assert loss < 0.1 and metrics["accuracy"] > 0.98
+
+
+def test_chained_loss_is_the_joint_cross_entropy_and_its_samples_follow_it():
+    """The loss is -log p(a) - log p(b | a), and sampling draws b given the a that was drawn."""
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(visual=8)
+    head = heads.Chained(vocabulary, 12, bits=(1, 2))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    hidden = torch.randn(1, 12)
+    joint = torch.zeros(8)
+    first = head._score(hidden, 0, ()).log_softmax(-1)[0]
+    for a in range(2):
+        second = head._score(hidden, 1, (torch.tensor([a]),)).log_softmax(-1)[0]
+        joint[a * 4 : a * 4 + 4] = first[a] + second
+    torch.testing.assert_close(joint.exp().sum(), torch.tensor(1.0))
+    for code in range(8):
+        ids = torch.tensor([[0, 256 + code]])
+        loss, _ = head.loss(hidden.expand(1, 2, 12), ids, torch.tensor([[False, True]]))
+        torch.testing.assert_close(loss, -joint[code])
+    generator = torch.Generator().manual_seed(1)
+    drawn = head.sample(hidden.expand(20000, 12), lambda logits: sampling.sample_logits(logits, generator=generator)) - 256
+    share = torch.bincount(drawn, minlength=8) / 20000
+    assert ((share - joint.exp()).abs() < 4 * (joint.exp() * (1 - joint.exp()) / 20000).sqrt() + 1e-3).all()
+
+
+def test_chained_guidance_goes_on_from_one_choice_in_both_halves():
+    torch.manual_seed(0)
+    head = heads.Chained(Vocabulary(visual=64), 12, bits=(3, 3))
+    ids = head.sample(torch.randn(6, 12), lambda logits: sampling.guide(logits, 2.0).argmax(-1))
+    assert ids.shape == (3,)

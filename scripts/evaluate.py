@@ -1,0 +1,35 @@
+"""Measure a model: `python scripts/evaluate.py suite=zoetrope`."""
+
+import json
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from reelm.engine import store
+from reelm.engine.errors import one_line_errors
+from reelm.engine.evaluation import evaluate, judge_tokenizer
+from reelm.engine.video_lm import load
+
+
+@hydra.main(version_base=None, config_path="pkg://reelm.conf", config_name="evaluate")
+@one_line_errors
+def main(cfg: DictConfig) -> None:
+    if cfg.suite != "zoetrope":
+        raise ValueError(f"suite={cfg.suite} is unknown; there is zoetrope")
+    output = Path(cfg.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model = load(cfg.model)
+    tasks = list(cfg.tasks) if cfg.tasks else None
+    for task in tasks or ():
+        model.task(task)
+    results = {"model": str(cfg.model), "tokenizer": judge_tokenizer(model.tokenizer)}
+    print("tokenizer", {name: round(value, 4) for name, value in results["tokenizer"].items()})
+    sheets = Path(cfg.sheets) if cfg.sheets else None
+    results |= evaluate(model, tasks, tuple(cfg.splits), cfg.clips, cfg.batch, sheets)
+    store.write_file(output, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Make a clip: `python scripts/generate.py prompt="a red star moves left"`."""
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from reelm.engine.errors import one_line_errors
+from reelm.engine.generation import Inputs, Job, run_job
+
+
+@hydra.main(version_base=None, config_path="pkg://reelm.conf", config_name="generate")
+@one_line_errors
+def main(cfg: DictConfig) -> None:
+    inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start)
+    job = Job(
+        cfg.model, cfg.task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known
+    )
+    run_job(job, instantiate(cfg.sampler), OmegaConf.to_container(cfg, resolve=True))
+
+
+if __name__ == "__main__":
+    main()
