@@ -1,23 +1,22 @@
 """Train a tokenizer or a language model: `python scripts/train.py stage=tokenizer`, `python scripts/train.py task=t2v`."""
 
 import sys
-from pathlib import Path
 
-import hydra
 import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from reelm.engine import fit
-from reelm.engine.errors import one_line_errors
+from reelm.scripts.common import output_of, program
 
 
-@hydra.main(version_base=None, config_path="pkg://reelm.conf", config_name="train")
-@one_line_errors
+@program("train")
 def main(cfg: DictConfig) -> float | None:
     lightning.seed_everything(cfg.seed, verbose=False)
-    output = Path(cfg.output)
+    output = output_of(cfg)
     data, module = instantiate(cfg.data), instantiate(cfg.stage)
+    if cfg.init and not cfg.resume:
+        fit.start_from(module, cfg.init)
     if cfg.trainer.precision == "auto":
         cfg.trainer.precision = fit.best_precision()
     trainer = instantiate(

@@ -1,0 +1,34 @@
+"""Measure speed beside what the machine can do at most: `python scripts/benchmark.py suite=zoetrope`."""
+
+from pathlib import Path
+
+import lightning
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from reelm.engine.benchmark import SUITES, Settings, random_model, run
+from reelm.engine.video_lm import load
+from reelm.scripts.common import program
+
+
+@program("benchmark")
+def main(cfg: DictConfig) -> None:
+    if cfg.suite not in SUITES:
+        raise ValueError(f"suite={cfg.suite} is unknown; choose from {', '.join(SUITES)}")
+    lightning.seed_everything(cfg.seed, verbose=False)
+    data = instantiate(cfg.data)
+    try:
+        model, weights = (load(cfg.model), "trained") if cfg.model else (None, "random")
+    except FileNotFoundError as error:
+        if cfg.model != "zoetrope":
+            raise
+        print(f"{error}: measuring the configs with random weights")
+        model, weights = None, "random"
+    if model is None:
+        model = random_model(data.train, instantiate(cfg.tokenizer), instantiate(cfg.lm), instantiate(cfg.head))
+    settings = Settings(cfg.suite, cfg.rounds, cfg.threads, cfg.batch, cfg.quick)
+    run(model, data, settings, Path(cfg.output), {"model": cfg.model, "weights": weights})
+
+
+if __name__ == "__main__":
+    main()

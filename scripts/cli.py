@@ -1,0 +1,42 @@
+"""The Lightning command line over the same parts: `python scripts/cli.py fit --config conf/cli/tokenizer.yaml`.
+
+Models are named by `class_path`, so anybody's LightningModule over `reelm.data.module.Batch` trains in the same way.
+Every flag is explained by `python scripts/cli.py fit --help`.
+"""
+
+import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from reelm.data.module import ClipData
+from reelm.engine.callbacks import Checkpoint, Export, FiniteLoss, Progress
+from reelm.engine.errors import one_line_errors
+
+
+class Program(LightningCLI):
+    def add_arguments_to_parser(self, parser) -> None:
+        # in the order in which they act: what is exported are the averaged weights, what is saved comes last
+        parser.add_lightning_class_args(FiniteLoss, "finite_loss")
+        parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(EMAWeightAveraging, "ema")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "export.folder": "outputs/cli"})
+        parser.link_arguments("export.folder", "checkpoint.folder")
+
+
+@one_line_errors
+def main(args: ArgsType = None) -> None:
+    Program(
+        L.LightningModule,
+        ClipData,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults={"enable_checkpointing": False, "use_distributed_sampler": False},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()
