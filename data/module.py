@@ -85,7 +85,7 @@ class GroupedBatches:
 
     A window of `WINDOW` batches is drawn at a time from one group, sorted by caption length and dealt out in random
     order, so that text padding stays small without any state beyond the step. Passes over the data are permutations:
-    no clip comes twice before every clip came once.
+    no clip comes twice in a pass, and where all groups have the same batch size every clip comes once.
     """
 
     WINDOW = 4
@@ -168,6 +168,7 @@ class ClipData(L.LightningDataModule):
         workers: loader processes.
         seed: of the order of clips and groups.
         validation_clips: how many clips of `validation` are looked at.
+        root: where the data lie. Not read here: configs say it once by this name, and their datasets refer to it.
 
     The module that trains sets `groups` (and `text_length`) in its `setup`; by default there is one group of whole
     clips.
@@ -181,6 +182,7 @@ class ClipData(L.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         validation_clips: int = 64,
+        root: object = None,
     ) -> None:
         super().__init__()
         self.train, self.validation = train, validation
@@ -203,7 +205,8 @@ class ClipData(L.LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """An endless stream for practical purposes: as many batches as the trainer's `max_steps` asks for."""
         trainer = self.trainer
-        steps = trainer.max_steps if trainer is not None and trainer.max_steps > 0 else len(self.train) // self.batch_size
+        bounded = trainer is not None and trainer.max_steps > 0
+        steps = trainer.max_steps if bounded else len(self.train) // self.batch_size
         accumulate = trainer.accumulate_grad_batches if trainer is not None else 1
         return self._loader(self.train, max(steps, 1) * accumulate, self.seed, self.workers)
 

@@ -177,8 +177,9 @@ def make(
     clip = model.generate(given, task, sampling, seed, progress)
     result = clip.video
     if keep_known and video is not None:
-        part = result[:, :, : video.shape[2]]
-        part.copy_(torch.where(given.known.to(part.device), video.to(part), part))
+        count = video.shape[2]
+        part = torch.where(given.known.to(result.device), video.to(result), result[:, :, :count])
+        result = torch.cat([part, result[:, :, count:]], 2)
     while result.shape[2] < frames:
         seed += samples
         overlap = _overlap(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reelm.data.module import Batch, ClipData, ClipSource, Group
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
+from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.sampling import Sampling
 from reelm.lm.vocabulary import Vocabulary
@@ -48,7 +50,7 @@ class LMTraining(L.LightningModule):
         self,
         tokenizer: str | Path,
         lm: nn.Module,
-        head: Any,
+        head: Callable[[Vocabulary, int], Head],
         task: Task | Mixture,
         optimisation: Optimisation,
         text: SentencePieceText | T5Text | int = 1024,

@@ -287,7 +287,7 @@ class Chained(Factorized):
     transformer over two positions. Unlike `Factorized` it samples codes whose parts fit together.
 
     Args:
-        bits: bits of each sub-token, the highest first.
+        bits: bits of each sub-token, the highest first; None: the vocabulary's visual codes in two, three to two.
         tied: the same tables for embedding and for scores.
     """
 
@@ -295,10 +295,15 @@ class Chained(Factorized):
         self,
         vocabulary: Vocabulary,
         width: int,
-        bits: tuple[int, ...] = (6, 12),
+        bits: tuple[int, ...] | None = None,
         offset: int = SPECIAL,
         tied: bool = False,
     ) -> None:
+        if bits is None:
+            whole = (vocabulary.visual - 1).bit_length()
+            if 1 << whole != vocabulary.visual:
+                raise ValueError(f"{vocabulary.visual} codes are not a power of two; use head=categorical")
+            bits = (whole - whole * 2 // 5, whole * 2 // 5)
         super().__init__(vocabulary, width, bits, offset, tied)
         self.links = nn.ModuleList(
             nn.Sequential(Linear(2 * width, 2 * width), nn.SiLU(), Linear(2 * width, width)) for _ in self.bits[1:]

@@ -3,17 +3,15 @@
 import json
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
 from reelm.engine import store
-from reelm.engine.errors import one_line_errors
 from reelm.engine.evaluation import evaluate, judge_tokenizer
 from reelm.engine.video_lm import load
+from reelm.scripts.common import program
 
 
-@hydra.main(version_base=None, config_path="pkg://reelm.conf", config_name="evaluate")
-@one_line_errors
+@program("evaluate")
 def main(cfg: DictConfig) -> None:
     if cfg.suite != "zoetrope":
         raise ValueError(f"suite={cfg.suite} is unknown; there is zoetrope")

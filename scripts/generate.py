@@ -1,15 +1,13 @@
 """Make a clip: `python scripts/generate.py prompt="a red star moves left"`."""
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from reelm.engine.errors import one_line_errors
 from reelm.engine.generation import Inputs, Job, run_job
+from reelm.scripts.common import program
 
 
-@hydra.main(version_base=None, config_path="pkg://reelm.conf", config_name="generate")
-@one_line_errors
+@program("generate", words=("prompt", "image", "last", "video", "mask", "output", "model"))
 def main(cfg: DictConfig) -> None:
     inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start)
     job = Job(

@@ -28,7 +28,8 @@ class KnownFrames:
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         first = self.first[random_int(0, len(self.first) - 1, generator)]
         if first + self.last >= clip.frames:
-            raise ValueError(f"{self.name} knows {first + self.last} frames; a clip of {clip.frames} leaves none to make")
+            known = first + self.last
+            raise ValueError(f"{self.name} knows {known} frames; a clip of {clip.frames} leaves none to make")
         known = torch.zeros(1, 1, clip.frames, 1, 1, dtype=torch.bool, device=clip.video.device)
         known[:, :, :first] = True
         known[:, :, clip.frames - self.last :] = True

@@ -62,8 +62,8 @@ class Task(Protocol):
     """How a clip splits. Tasks are pure: all chance comes from `generator`.
 
     name: of the task. marker: number of its task token, one for each kind of output
-    (0 a clip from a prompt and its first frames, 1 inpainting, 2 outpainting, 3 stylization). frames: clip length it wants (None: what the
-    data has). controls: names of the truths it needs in `Clip.controls`.
+    (0 a clip from a prompt and its first frames, 1 inpainting, 2 outpainting, 3 stylization). frames: clip length it
+    wants (None: what the data has). controls: names of the truths it needs in `Clip.controls`.
     """
 
     name: str
@@ -89,9 +89,9 @@ def mask_video(clip: Clip, known: Tensor) -> tuple[Tensor, Tensor]:
 class Mixture:
     """Several tasks with weights; itself what a training run is given.
 
-    parts: the tasks by name. weights: how many clips of each, relative to the others; without one, a part is left out. image_first: share of the
-    steps at the start in which `image_share` of the clips are images (VideoPoet, section 3.3: 90 % in the first 25 % of
-    the steps, 10 % later).
+    parts: the tasks by name. weights: how many clips of each, relative to the others; without one, a part is left out.
+    image_first: share of the steps at the start in which `image_share` of the clips are images (VideoPoet, section 3.3:
+    90 % in the first 25 % of the steps, 10 % later).
     """
 
     parts: Mapping[str, Task]

@@ -220,3 +220,9 @@ def test_chained_guidance_goes_on_from_one_choice_in_both_halves():
     head = heads.Chained(Vocabulary(visual=64), 12, bits=(3, 3))
     ids = head.sample(torch.randn(6, 12), lambda logits: sampling.guide(logits, 2.0).argmax(-1))
     assert ids.shape == (3,)
+
+
+def test_chained_halves_are_found():
+    assert heads.Chained(Vocabulary(visual=1 << 15), 8).bits == (9, 6)
+    with pytest.raises(ValueError, match="power of two"):
+        heads.Chained(Vocabulary(visual=1000), 8)

@@ -21,6 +21,8 @@ Triple = tuple[int, int, int]
 
 def haar_basis(size: int) -> Tensor:
     """Orthonormal 1-D Haar basis, rows from coarse to fine: `(size, size)`; size is a power of two."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"the sides of a Haar patch are powers of two; got {size}")
     basis = torch.ones(1, 1)
     while len(basis) < size:
         coarse = torch.kron(basis, torch.tensor([[1.0, 1.0]]))
@@ -180,8 +182,8 @@ class MAGVIT2(nn.Module):
         t, h, w = self.compression
         if (frames - 1) % t or height % h or width % w:
             raise ValueError(
-                f"a clip of {frames} frames of {height} x {width} does not fit this tokenizer: it takes 1 + {t}k frames "
-                f"of multiples of {h} x {w}"
+                f"a clip of {frames} frames of {height} x {width} does not fit this tokenizer: "
+                f"it takes 1 + {t}k frames of multiples of {h} x {w}"
             )
         return 1 + (frames - 1) // t, height // h, width // w
 

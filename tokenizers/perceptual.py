@@ -76,17 +76,20 @@ class LPIPS(nn.Module):
     def __init__(self, features: str | Path, linear: str | Path, frames: int | None = None) -> None:
         super().__init__()
         weights = read_weights(features)
+        lins = read_weights(linear)
         squeeze = any("squeeze" in name for name in weights)
         self.network = "squeeze" if squeeze else "alex"
         self.layers, self.taps = squeezenet() if squeeze else alexnet()
         try:
             self.layers.load_state_dict({name.removeprefix("features."): value for name, value in weights.items()})
-            lins = read_weights(linear)
-            self.lins = nn.ParameterList(
-                [lins[f"{self.network}.lin{i}.model.1.weight"] for i in range(len(self.taps))]
-            )
+            found = [lins[f"{self.network}.lin{i}.model.1.weight"] for i in range(len(self.taps))]
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{features} and {linear} do not hold LPIPS weights: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{features} and {linear} do not hold LPIPS weights: {reason}") from None
+        for i, weight in enumerate(found):
+            if weight.ndim != 4 or weight.shape[0] != 1 or weight.shape[2:] != (1, 1):
+                raise ValueError(f"{linear} does not hold LPIPS weights: layer {i} is {tuple(weight.shape)}")
+        self.lins = nn.ParameterList(found)
         self.frames = frames
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
