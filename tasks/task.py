@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -120,14 +121,15 @@ class Mixture:
         alone = all((t.frames == 1) == image for t in self.tasks)
         within = self.weights[task.name] / total
 
-        def weight(progress: float) -> float:
-            if alone:
-                return within
-            share = self.image_share[0 if progress < self.image_first else 1]
-            # groups are drawn by the step and an image step holds `image_batch` times as many clips
-            return within * (share / self.image_batch if image else 1 - share)
+        if alone:
+            return partial(_in_turn, before=within, after=within, turn=0.0)
+        early, late = (share / self.image_batch if image else 1 - share for share in self.image_share)
+        # groups are drawn by the step, and an image step holds `image_batch` times as many clips
+        return partial(_in_turn, before=within * early, after=within * late, turn=self.image_first)
 
-        return weight
+
+def _in_turn(progress: float, before: float, after: float, turn: float) -> float:
+    return before if progress < turn else after
 
 
 def tasks_of(task: Task | Mixture) -> tuple[Task, ...]:

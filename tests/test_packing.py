@@ -66,7 +66,10 @@ def text_ids(packer: Packer) -> torch.Tensor:
 
 def expected_prefix(packer: Packer, marker: int, text: torch.Tensor, conditions: list) -> tuple[torch.Tensor, list]:
     """Ids and places from <bos> to <bov_o>, written out token by token."""
-    column = lambda id: torch.full((2, 1), int(id))
+
+    def column(id: int) -> torch.Tensor:
+        return torch.full((2, 1), int(id))
+
     ids = [column(Special.bos), column(task_token(marker)), column(Special.bot_i), text, column(Special.eot_i)]
     places = [[TEXT_TIME, 0, 0], [TEXT_TIME, 1, 0], [TEXT_TIME, 2, 0]]
     places += [[TEXT_TIME, 3, i] for i in range(TEXT)] + [[TEXT_TIME, 4, 0]]

@@ -1,0 +1,146 @@
+import itertools
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from vector_quantize_pytorch import LFQ as LibraryLFQ
+
+from reelm.tokenizers.quantizers import FSQ, LFQ, binary_entropy, lfq_entropy
+
+
+def brute_force(z, temperature):
+    """Both entropies from the softmax over all 2^D codes with logits 2 z.c / temperature, in float64."""
+    codes = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=z.shape[1])), dtype=torch.float64)
+    p = (2 * z.double() @ codes.T / temperature).softmax(-1)
+
+    def entropy(q):
+        return -torch.special.xlogy(q, q).sum(-1)
+
+    return entropy(p).mean(), entropy(p.mean(0))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_entropies_are_those_of_all_codes(temperature):
+    z = torch.randn(50, 6)
+    sample, batch = lfq_entropy(z, temperature, group=6)
+    expected_sample, expected_batch = brute_force(z, temperature)
+    assert sample.item() == pytest.approx(expected_sample.item(), abs=1e-5)
+    assert batch.item() == pytest.approx(expected_batch.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5])
+def test_groups_give_an_upper_bound_on_the_batch_entropy_and_keep_the_sample_entropy(group):
+    z = torch.randn(50, 3).repeat(1, 2)  # bits 3 to 5 repeat bits 0 to 2
+    exact_sample, exact_batch = brute_force(z, 0.5)
+    sample, batch = lfq_entropy(z, 0.5, group=group)
+    assert sample.item() == pytest.approx(exact_sample.item(), abs=1e-5)
+    assert batch > exact_batch + 0.1
+
+
+def test_groups_of_independent_bits_are_exact():
+    bits = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4))) * 0.3  # every combination once: independent
+    _, batch = lfq_entropy(bits, 1.0, group=2)
+    assert batch.item() == pytest.approx(brute_force(bits, 1.0)[1].item(), abs=1e-5)
+
+
+def test_the_loss_falls_when_samples_are_sure_and_when_codes_spread():
+    def loss(z):
+        sample, batch = lfq_entropy(z, 1.0)
+        return sample - batch
+
+    same = torch.ones(2, 4)
+    apart = torch.stack([torch.ones(4), -torch.ones(4)])
+    assert loss(apart) < loss(same) - 0.5
+    z = torch.full((8, 4), 0.2) + 0.01 * torch.randn(8, 4)
+    z.requires_grad_()
+    lfq_entropy(z, 1.0)[1].backward()
+    assert (z.grad.mean(0) < 0).all()  # the batch entropy grows when bits that are all 1 move towards 0
+    unsure = torch.full((2, 4), 0.1, requires_grad=True)
+    lfq_entropy(unsure, 1.0)[0].backward()
+    assert (unsure.grad < 0).all()  # the sample entropy falls when bits move away from 0
+
+
+def test_entropies_stay_finite_far_from_zero():
+    z = torch.tensor([[1e4, -1e4, 50.0], [0.0, 1e-8, -50.0]], requires_grad=True)
+    sample, batch = lfq_entropy(z, 0.01)
+    (sample - batch).backward()
+    assert sample.isfinite() and batch.isfinite() and z.grad.isfinite().all()
+    assert binary_entropy(torch.tensor(0.0)).item() == pytest.approx(0.6931472)
+
+
+def test_entropy_of_18_bits_makes_no_table_of_all_codes():
+    class Largest(TorchFunctionMode):
+        elements, calls = 0, 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.calls += 1
+            if isinstance(out, torch.Tensor):
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    z = torch.randn(2560, 18)
+    with Largest() as seen:
+        lfq_entropy(z, 0.01)
+    assert seen.elements <= 2560 * 2**9  # the library's table has 512 times as many
+    assert seen.calls < 200
+
+
+def test_agreement_with_the_library():
+    bits, temperature = 6, 0.5
+    ours, library = LFQ(bits, temperature), LibraryLFQ(dim=bits, codebook_size=2**bits, num_codebooks=1)
+    z = torch.randn(2, bits, 3, 4, 5)
+    quantized, ids, losses = ours(z)
+    (theirs, their_ids, _), breakdown = library(z, inv_temperature=1 / temperature, return_loss_breakdown=True)
+    reversed_ids = sum(((their_ids >> i) & 1) << (bits - 1 - i) for i in range(bits))  # its first bit counts most
+    assert torch.equal(ids, reversed_ids.long())
+    torch.testing.assert_close(quantized, theirs)
+    torch.testing.assert_close(ours.lookup(ids), library.indices_to_codes(their_ids))
+    assert losses["sample_entropy"].item() == pytest.approx(breakdown.per_sample_entropy.item(), abs=1e-3)
+    assert losses["batch_entropy"].item() == pytest.approx(breakdown.batch_entropy.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 18])
+def test_lfq_ids_and_codes(bits):
+    quantizer = LFQ(bits).eval()
+    ids = torch.randint(0, 2**bits, (2, 3, 4, 5))
+    codes = quantizer.lookup(ids)
+    assert codes.shape == (2, bits, 3, 4, 5) and (codes.abs() == 1).all()
+    quantized, again, losses = quantizer(codes * torch.rand(codes.shape).clamp_min(1e-3))
+    assert torch.equal(again, ids) and not losses
+    torch.testing.assert_close(quantized, codes)
+
+
+def test_the_first_channel_is_the_lowest_bit_and_zero_is_minus():
+    z = torch.tensor([3.0, 0.0, 1e-30]).view(1, 3, 1, 1, 1)
+    assert LFQ(3)(z)[1].item() == 0b101
+
+
+@pytest.mark.parametrize("quantizer", [LFQ(4), LFQ(4).eval()], ids=["train", "eval"])
+def test_lfq_gradients_pass_straight_through(quantizer):
+    z = torch.randn(2, 4, 1, 3, 3, requires_grad=True)
+    weight = torch.randn_like(z)
+    (quantizer(z)[0] * weight).sum().backward()
+    assert torch.equal(z.grad, weight)
+
+
+def test_lfq_decides_in_float32():
+    z = torch.randn(1, 4, 1, 2, 2).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, _, losses = LFQ(4)(z)
+    assert quantized.dtype == torch.float32 and all(value.dtype == torch.float32 for value in losses.values())
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5), (3,), (4, 4, 4, 4)])
+def test_fsq_round_trip(levels):
+    quantizer = FSQ(levels)
+    z = 3 * torch.randn(2, len(levels), 2, 3, 4)
+    z.requires_grad_()
+    quantized, ids, losses = quantizer(z)
+    assert quantized.shape == z.shape and ids.shape == (2, 2, 3, 4) and ids.dtype == torch.int64 and not losses
+    assert 0 <= ids.min() and ids.max() < quantizer.vocabulary
+    torch.testing.assert_close(quantizer.lookup(ids), quantized)
+    quantized.sum().backward()
+    assert z.grad.abs().sum() > 0
+    every = torch.arange(quantizer.vocabulary).view(1, 1, 1, -1)
+    assert len(quantizer.lookup(every).flatten(2)[0].T.unique(dim=0)) == quantizer.vocabulary
