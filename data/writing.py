@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,7 +44,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another output"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -54,6 +54,7 @@ READ = {
     "videocomposer_video_5360763.mp4": ((360, 640), 16, 5.375, 86),
 }
 PARTLY = {"decord_corrupted.mp4": 28, "androidx_media_sample_with_invalid_nalu.mp4": 26}  # frames before they break
+HEADER_LASTS_LONGER = {"androidx_media_iibbibb_editlist_videoonly.mp4"}  # half a second beyond its last frame
 REFUSED = {
     "androidx_media_invalid_bitstream.webm": "is damaged or no video",
     "androidx_media_sample_audio_only.mp4": "holds no video, only audio",
@@ -85,7 +86,7 @@ def test_it_reads_as_it_is_shown(name):
     if count <= 150:
         assert read(name, fps=None, frames=None, size=16).frames == count
     whole = read(name, frames=None, size=24)
-    assert abs(whole.frames - seconds * 8) <= 1.01
+    assert abs(whole.frames - seconds * 8) <= 1.3 + (4 if name in HEADER_LASTS_LONGER else 0)
     assert torch.isfinite(whole.video).all() and whole.video.abs().max() <= 1
 
 

@@ -30,7 +30,7 @@ def test_what_is_written_reads_back(tmp_path, name, fps):
     path = write_video(tmp_path / "new" / name, clip)
     again = read_video(path, fps=None, frames=None, size=None)
     assert again.video.shape == clip.video.shape
-    assert (again.video - clip.video).abs().mean() < 4 / 127.5
+    assert (again.video - clip.video).abs().mean() < (8 if name == "a.gif" else 4) / 127.5  # a gif has 256 colours
     assert again.fps == pytest.approx(fps, rel=0.03 if name == "a.gif" else 1e-3)
     tolerance = 0.0051 if name == "a.gif" else 0.0011
     assert probe(path).duration == pytest.approx(17 / fps, abs=tolerance)
