@@ -73,7 +73,9 @@ def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
     except RuntimeError as error:
         if not resume or "Error(s) in loading state_dict" not in str(error):
             raise
-        raise ValueError(f"{checkpoint} is of a model of another shape; give the settings it was trained with") from error
+        raise ValueError(
+            f"{checkpoint} is of a model of another shape; give the settings it was trained with"
+        ) from error
     terminated = any(getattr(part, "terminated", False) for part in trainer.callbacks)
     if not terminated and trainer.is_global_zero:
         module.export(output / "model", step=trainer.global_step)

@@ -65,6 +65,11 @@ class LMTraining(L.LightningModule):
         pieces = text if isinstance(text, int) else text.vocabulary
         vocabulary = Vocabulary(visual=self.video_tokenizer[0].vocabulary, text=pieces)
         self.lm = LanguageModel(lm, head(vocabulary=vocabulary, width=lm.width))
+        if self.lm.head.size != vocabulary.visual:
+            raise ValueError(
+                f"the head predicts {self.lm.head.size} codes, the tokenizer has {vocabulary.visual}; "
+                "set head.bits so that together they number the tokenizer's codes"
+            )
         self.model: VideoLM | None = None
         self.tokenizer_hash = store.fingerprint(self.video_tokenizer[0])
 

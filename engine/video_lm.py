@@ -97,11 +97,12 @@ class VideoLM(nn.Module):
             raise ValueError(f"this model has no task {name!r}; it was trained for {', '.join(self.tasks)}")
         return self.tasks[name]
 
-    def _given(self, given: Given | str | list[str]) -> Given:
+    def _given(self, given: Given | str | list[str], task: str) -> Given:
         if isinstance(given, Given):
             return given.to(self.device)
         captions = (given,) if isinstance(given, str) else tuple(given)
-        return Given(self.shape, captions, fps=self.fps)
+        shape = (self.task(task).frames or self.shape[0], *self.shape[1:])
+        return Given(shape, captions, fps=self.fps)
 
     def prepare(self, given: Given, task: str) -> tuple[Any, Any, Tensor]:
         """Sequence, its counterpart without the prompt, and the places `(N, 3)` of the tokens to make."""
@@ -123,9 +124,10 @@ class VideoLM(nn.Module):
     ) -> Clip:
         """Clips for what is given: a prompt, several, or a `Given` with known pixels or a condition.
 
-        seed: sample i uses seed + i, whatever else is in the batch. progress: called with tokens made and tokens asked.
+        seed: sample i draws with seed + i, so it does not depend on its neighbours as long as no prompt of the batch takes
+            more text slots (a multiple of 8 word pieces) than its own. progress: called with tokens made and tokens asked.
         """
-        given = self._given(given)
+        given = self._given(given, task)
         sequence, unprompted, where = self.prepare(given, task)
         made = generate(
             self.lm.transformer,

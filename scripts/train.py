@@ -1,4 +1,4 @@
-"""Train a tokenizer or a language model: `python scripts/train.py stage=tokenizer`, `python scripts/train.py task=t2v`."""
+"""Train a tokenizer or a language model: `python scripts/train.py stage=tokenizer`, `... train.py task=t2v`."""
 
 import sys
 

@@ -1,0 +1,164 @@
+"""What a user hands to generate, and what comes out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reelm.data.clip import Clip
+from reelm.data.reading import probe, read_video
+from reelm.data.writing import write_image, write_video
+from reelm.engine.generation import Inputs, Job, make, run_job
+from reelm.engine.video_lm import VideoLM
+from reelm.lm.heads import Chained
+from reelm.lm.language_model import LanguageModel
+from reelm.lm.sampling import Sampling
+from reelm.lm.transformer import Transformer
+from reelm.lm.vocabulary import Vocabulary
+from reelm.tasks.generation import Generation
+from reelm.tasks.known_frames import KnownFrames
+from reelm.tasks.painting import Painting
+from reelm.tasks.stylization import Stylization
+from reelm.tokenizers.magvit2 import MAGVIT2
+from reelm.tokenizers.quantizers import FSQ
+from reelm.tokenizers.text import SentencePieceText
+
+FAST = Sampling(guidance=1.0)
+TASKS = {
+    task.name: task
+    for task in (
+        Generation("t2v"), Generation("t2i", frames=1), Generation("unconditional", prompted=False),
+        KnownFrames("i2v"), KnownFrames("continuation", first=(5,)), KnownFrames("interpolation", last=1),
+        Painting("inpainting", inside=True, marker=1), Painting("outpainting", inside=False, marker=2), Stylization(),
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoLM:
+    torch.manual_seed(0)
+    tokenizer = MAGVIT2(FSQ((4, 4)), (16, 16), ((1, 2, 2),), (1, 1), ((1, 3, 3), (3, 3, 3)), (4, 4, 4))
+    text = SentencePieceText.train(["a red star moves left", "a blue circle in neon style"] * 8, 400)
+    lm = LanguageModel(Transformer(32, 1, 2, sites=(8, 8, 8)), Chained(Vocabulary(16, text=text.vocabulary), 32))
+    return VideoLM(tokenizer, text, lm, TASKS, shape=(9, 32, 32), sampling=FAST).eval()
+
+
+@pytest.fixture(scope="module")
+def box(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("box") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A photo of odd size, a clip of another rate and shape, masks."""
+    folder = tmp_path_factory.mktemp("material")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (77, 131, 3), dtype=np.uint8)).save(folder / "photo.jpg")
+    video = torch.linspace(-1, 1, 50).view(1, 1, 50, 1, 1).expand(1, 3, 50, 48, 80).contiguous()
+    write_video(folder / "clip.mp4", Clip(video, 25.0))
+    mask = np.zeros((48, 80), dtype=np.uint8)
+    mask[10:30, 30:50] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(mask[:20]).save(folder / "small.png")
+    Image.fromarray(mask * 0).save(folder / "black.png")
+    return folder
+
+
+def test_each_task_makes_a_clip_of_its_shape_from_any_material(model, material):
+    photo, clip, mask = (str(material / name) for name in ("photo.jpg", "clip.mp4", "mask.png"))
+    asked = {
+        "t2v": Inputs("a red star"), "t2i": Inputs("a red star"), "unconditional": Inputs(),
+        "i2v": Inputs(image=photo), "continuation": Inputs(video=clip), "interpolation": Inputs(image=photo, last=clip),
+        "inpainting": Inputs(video=clip, mask=mask), "outpainting": Inputs(video=clip),
+        "stylization": Inputs("in neon style", video=clip),
+    }  # fmt: skip
+    for task, inputs in asked.items():
+        result = make(model, task, inputs, samples=2)
+        assert result.video.shape == (2, 3, 1 if task == "t2i" else 9, 32, 32), task
+        assert result.video.abs().max() <= 1 and torch.isfinite(result.video).all(), task
+
+
+def test_inputs_say_which_task_they_mean():
+    named = {
+        "t2v": Inputs("x"), "i2v": Inputs(image="a"), "interpolation": Inputs(image="a", last="b"),
+        "continuation": Inputs(video="a"), "inpainting": Inputs(video="a", mask="b"),
+    }  # fmt: skip
+    assert all(inputs.task() == task for task, inputs in named.items())
+
+
+def test_known_pixels_stay_unless_told_otherwise(model, material):
+    inputs = Inputs(video=str(material / "clip.mp4"), mask=str(material / "mask.png"))
+    source = read_video(material / "clip.mp4", fps=8.0, frames=9, size=(32, 32)).video
+    kept = make(model, "inpainting", inputs).video
+    shown = make(model, "inpainting", inputs, keep_known=False).video
+    same = (kept == source).all(1)[0]
+    assert same[:, 0, 0].all() and not same.all()
+    assert not (shown == source)[..., 0, 0].all()
+
+
+def test_a_continuation_begins_with_the_end_of_its_clip_and_goes_on_window_by_window(model, material):
+    result = make(model, "continuation", Inputs(video=str(material / "clip.mp4")), frames=21)
+    source = read_video(material / "clip.mp4", fps=8.0, frames=5, size=(32, 32), start=2.0 - 5 / 8).video
+    assert result.frames == 21
+    assert (result.video[:, :, :5] - source).abs().max() < 0.1
+
+
+def test_other_lengths_are_rounded_with_a_note(model):
+    notes = []
+    assert make(model, "t2v", Inputs("a star"), frames=8, note=notes.append).frames == 9
+    assert "1 + 4k" in notes[0] and "9" in notes[0]
+
+
+def test_a_job_leaves_a_clip_a_sheet_and_a_record(box, tmp_path, capsys):
+    paths = run_job(Job(str(box), None, Inputs("a red star"), str(tmp_path / "a.mp4"), samples=2), FAST, {"seed": 0})
+    assert [path.name for path in paths] == ["a_0.mp4", "a_1.mp4", "a.png"]
+    assert abs(probe(paths[0]).duration - 9 / 8) < 0.01
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["prompt"] == "a red star" and record["task"] == "t2v" and record["seeds"] == [0, 1]
+    assert len(record["language_model"]) == 16 and record["seconds"]["make"] > 0
+
+
+def test_the_same_seed_gives_the_same_clip(model):
+    first, second, other = (make(model, "t2v", Inputs("a star"), seed=seed).video for seed in (3, 3, 4))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "options", "message"),
+    [
+        ("t2v", Inputs(""), {}, "needs prompt"),
+        ("i2v", Inputs("x"), {}, "needs image"),
+        ("i2v", Inputs(image="nowhere.png"), {}, "nowhere.png"),
+        ("inpainting", Inputs(video="CLIP", mask="SMALL"), {}, "as large as the video"),
+        ("inpainting", Inputs(video="CLIP", mask="BLACK"), {}, "all black"),
+        ("outpainting", Inputs(video="CLIP", keep=1.5), {}, "keep=1.5"),
+        ("interpolation", Inputs(image="PHOTO", last="PHOTO"), {"frames": 33}, "up to 9 frames"),
+        ("dance", Inputs("x"), {}, "dance"),
+    ],
+)
+def test_mistakes_are_one_line(model, material, task, inputs, options, message):
+    words = {"CLIP": "clip.mp4", "SMALL": "small.png", "BLACK": "black.png", "PHOTO": "photo.jpg"}
+    given = {k: str(material / words[v]) if v in words else v for k, v in vars(inputs).items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        make(model, task, Inputs(**given), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_written_where_nothing_can_be(box, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        run_job(Job(str(box), None, Inputs("a star"), str(tmp_path / "file" / "a.mp4")), FAST, {})
+    with pytest.raises(ValueError, match=r"ends in \.avi"):
+        run_job(Job(str(box), None, Inputs("a star"), str(tmp_path / "a.avi")), FAST, {})
+    with pytest.raises(FileNotFoundError, match="no model nothing"):
+        run_job(Job("nothing", None, Inputs("a star"), str(tmp_path / "a.mp4")), FAST, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_write_image_takes_a_made_image(model, tmp_path):
+    write_image(tmp_path / "a.png", make(model, "t2i", Inputs("a star")))
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
