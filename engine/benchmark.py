@@ -1,7 +1,7 @@
 """How fast the parts are, each beside what the same machine did in the same minutes at most.
 
-Measurements are taken in turn, once a round, and their medians reported, so that whatever else the machine does falls
-on all alike. One measurement is taken twice in every round: how far the two medians are apart tells how far the rest can
+Measurements are taken in turn, once a round, and their medians reported: whatever else the machine does falls on all
+alike. One measurement is taken twice in every round: how far the two medians are apart tells how far the rest can
 be trusted.
 """
 
@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,9 @@ def ceilings(quick: bool) -> dict[str, Arm]:
     if "x86" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "x86"
         scale = float(b.abs().max()) / 127
-        weight = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(b, scale, 0, torch.qint8), None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the kernels stay, their tensors are said to go
+            weight = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(b, scale, 0, torch.qint8), None)
         arms["gemm int8 dynamic"] = Arm(lambda: torch.ops.quantized.linear_dynamic(a, weight), work, "OP/s")
     return arms
 
@@ -149,8 +152,8 @@ def tokenizer_arms(model: VideoLM, video: Tensor) -> dict[str, Arm]:
         return model.tokenizer.decode(codes)
 
     return {
-        "tokenizer encode": Arm(encode, len(video), "clips/s", flops(encode), "conv3d fp32"),
-        "tokenizer decode": Arm(decode, len(video), "clips/s", flops(decode), "conv3d fp32"),
+        "tokenizer encode": Arm(encode, len(video), "clips/s", flops(encode), "gemm fp32"),
+        "tokenizer decode": Arm(decode, len(video), "clips/s", flops(decode), "gemm fp32"),
     }
 
 
@@ -238,7 +241,12 @@ def run(model: VideoLM, data: ClipData, settings: Settings, output: Path, about:
         "rates": {},
     }
     for name, arm in arms.items():
-        entry: dict[str, Any] = {"rate": arm.rate, "unit": arm.unit, "slowest": min(arm.rates), "fastest": max(arm.rates)}
+        entry: dict[str, Any] = {
+            "rate": arm.rate,
+            "unit": arm.unit,
+            "slowest": min(arm.rates),
+            "fastest": max(arm.rates),
+        }
         if arm.ceiling:
             entry |= {
                 "work_per_s": arm.rate / arm.amount * arm.cost,
@@ -265,7 +273,7 @@ def table(results: dict[str, Any], ceilings: list[str]) -> str:
     load = ", ".join(f"{value:.1f}" for value in results["load_average"])
     verdict = "" if results["trustworthy"] else " (not to be trusted: a busy machine, or quick=true)"
     lines.append(
-        f"{results['machine']}, {results['threads']} thread(s), {results['clock']}, {results['weights']} weights, load {load}; "
-        f"the same twice: {results['same_twice']:.3f}{verdict}"
+        f"{results['machine']}, {results['threads']} thread(s), {results['clock']}, {results['weights']} weights, "
+        f"load {load}; the same twice: {results['same_twice']:.3f}{verdict}"
     )
     return "\n".join(lines)

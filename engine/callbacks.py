@@ -83,6 +83,7 @@ class Checkpoint(Callback):
             self.terminated = True
             rank_zero_info(f"SIGTERM: saved step {step} to {self.folder / LAST}; the same command with resume=true continues")
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # whoever sends a SIGTERM does not wait for a validation
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._previous is not None:

@@ -1,0 +1,148 @@
+"""Every configuration composes and builds what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from reelm.data.module import ClipData
+from reelm.engine.benchmark import Settings
+from reelm.engine.optimisation import Optimisation
+from reelm.lm.language_model import LanguageModel
+from reelm.lm.vocabulary import Vocabulary
+from reelm.scripts.common import check, quoted
+from reelm.tasks.task import tasks_of
+
+CONF = Path(__file__).parents[1] / "conf"
+MILLIONS = {"tiny": (0, 1), "zoetrope": (4, 12), "small": (80, 130), "base": (250, 350)}
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str, name: str = "train"):
+    GlobalHydra.instance().clear()
+    with initialize_config_module("reelm.conf", version_base=None):
+        return compose(name, list(overrides))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_programs_settings_fit_themselves(name):
+    check(name, [])
+
+
+@pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if any(p.glob("*.yaml")) and p.name != "cli"))
+def test_every_option_composes_in_some_program(group):
+    programs = [p.stem for p in CONF.glob("*.yaml") if f"- {group}:" in p.read_text()]
+    assert programs, f"no program has the group {group}"
+    for option in options(group):
+        known = ["data.root=somewhere"] if group == "data" and option != "zoetrope" else []
+        check(programs[0], [f"{group}={option}", *known])
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_tasks_are_named_as_their_files(name):
+    task = instantiate(composed(f"task={name}").task)
+    names = [part.name for part in tasks_of(task)]
+    assert names == [name] if name != "mixture" else set(names) == set(options("task")) - {"mixture"}
+
+
+@pytest.mark.parametrize("size", options("lm"))
+def test_language_models_have_the_size_they_say(size):
+    cfg = composed(f"lm={size}")
+    with torch.device("meta"):  # no memory, no time
+        transformer = instantiate(cfg.lm)
+        head = instantiate(cfg.head)(vocabulary=Vocabulary(visual=4096, text=1024), width=transformer.width)
+        lm = LanguageModel(transformer, head)
+    low, high = MILLIONS[size]
+    assert low < sum(p.numel() for p in lm.parameters()) / 1e6 < high
+
+
+@pytest.mark.parametrize("quantizer, head", [("lfq", "categorical"), ("fsq", "factorized"), ("lfq", "chained")])
+def test_heads_fit_quantizers(quantizer, head):
+    bits = [] if head == "categorical" else ["head.bits=[6,6]"]
+    cfg = composed(f"quantizer={quantizer}", f"head={head}", "tokenizer=tiny", "lm=tiny", *bits)
+    tokenizer, transformer = instantiate(cfg.tokenizer), instantiate(cfg.lm)
+    made = instantiate(cfg.head)(vocabulary=Vocabulary(visual=tokenizer.vocabulary, text=64), width=transformer.width)
+    ids = torch.arange(made.vocabulary.size)[None]
+    assert made.embed(ids).shape == (1, made.vocabulary.size, transformer.width)
+
+
+@pytest.mark.parametrize("name", options("tokenizer"))
+def test_tokenizers_compress_four_by_eight_by_eight(name):
+    with torch.device("meta"):
+        tokenizer = instantiate(composed(f"tokenizer={name}").tokenizer)
+    assert tuple(tokenizer.compression) == (4, 8, 8)
+
+
+def test_the_built_in_data_need_nothing():
+    data = instantiate(composed("data.batch_size=2").data)
+    assert isinstance(data, ClipData) and data.batch_size == 2 and data.train.get(0).captions[0]
+
+
+def test_optimisation_and_sampler_build():
+    assert isinstance(instantiate(composed("stage=tokenizer").stage.optimisation), Optimisation)
+    assert instantiate(composed().sampler).guidance > 1
+    cfg = composed(name="benchmark")
+    Settings(cfg.suite, cfg.rounds, cfg.threads, cfg.batch, cfg.quick)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["task=t3v"], "unknown task 't3v'; did you mean t2v? (choose from continuation, "),
+        (["lm.dpeth=3"], "no setting lm.dpeth; did you mean lm.depth?"),
+        (["lr=1e-3"], "no setting lr; did you mean stage.optimisation.lr?"),
+        (["tsk=t2v"], "no setting tsk; did you mean task?"),
+        (["data.rot=x"], "no setting data.rot"),
+        (["lm.depth=many"], "lm.depth is a number such as 8; got 'many'"),
+        (["resume=perhaps"], "resume is true or false; got 'perhaps'"),
+        (["lm.sites=3"], "lm.sites is a list such as ["),
+        (["stage.optimisation=fast"], "stage.optimisation holds several settings"),
+        (["data=folder"], "data.root is not set; give data.root=..."),
+        (["head=categorical,factorized"], "head has several values: add -m"),
+        (["lm.depth"], "cannot read 'lm.depth': write name=value"),
+        (["lm.sites=[3"], "cannot read 'lm.sites=[3'"),
+        (["--steps", "3"], "unknown option --steps"),
+        (["-m", "head=categorical,factorised"], "unknown head 'factorised'; did you mean factorized?"),
+        (["-m", "lm.depth=2,x"], "lm.depth is a number such as 8; got 'x'"),
+        (["~lm.dpth"], "no setting lm.dpth; did you mean lm.depth?"),
+    ],
+)
+def test_mistakes_are_named_on_one_line(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        check("train", arguments)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trainer.devices=auto"], ["lm.kv_heads=1"], ["stage.text=512", "stage.text_drop=0"], ["+lm.new=1"],
+        ["-m", "head=categorical,factorized", "seed=0,1"], ["data=folder", "data.root=/some where/x"],
+        ["trainer=ddp", "hydra.run.dir=.", "hydra.job.name=train_ddp_process_1"], ["--cfg", "job"], ["--help"],
+    ],
+)  # fmt: skip
+def test_right_settings_pass(arguments):
+    check("train", arguments)
+
+
+@pytest.mark.parametrize(
+    "text", ["a red, big star", "it's (new) [x]=1", 'say "go"', "back\\", "\\'", "", "5 % {of} it"]
+)
+def test_prompts_may_hold_any_sign(text):
+    cfg = composed(quoted(f"prompt={text}", ["prompt"]), name="generate")
+    assert cfg.prompt == text
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest", "tars"])
+def test_the_root_is_said_once(kind):
+    cfg = OmegaConf.to_container(composed(f"data={kind}", "data.root=here", "data.train.frames=9").data, resolve=False)
+    data = composed(f"data={kind}", "data.root=here", "data.train.frames=9").data
+    word = "path" if kind == "manifest" else "root"
+    assert cfg["root"] == data.train[word] == data.validation[word] == "here" and data.validation.frames == 9

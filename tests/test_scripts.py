@@ -1,0 +1,158 @@
+"""The programs, as a user runs them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from reelm.engine import store
+from reelm.engine.video_lm import VideoLM
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=2", "data.workers=0",
+    "data.validation_clips=2", "tokenizer=tiny", "quantizer.bits=12", "lm=tiny", "trainer.accelerator=cpu",
+    "+trainer.enable_progress_bar=false",
+)  # fmt: skip
+LM = ("stage=lm", "stage.text=400")
+
+
+def program(name: str, *arguments: str) -> int:
+    """Runs scripts/<name>.py in this process; its exit status."""
+    before, GlobalHydra.instance().hydra = sys.argv, None
+    sys.argv = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return 0
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+
+
+def process(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    where = os.pathsep.join([str(ROOT / ".links"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer trained for two steps by the program."""
+    output = tmp_path_factory.mktemp("tokenizer")
+    assert program("train", "stage=tokenizer", f"output={output}", *TINY) == 0
+    return output
+
+
+def test_a_tokenizer_is_trained(tokenizer):
+    model = store.load(tokenizer / "model")
+    assert model.encode(torch.zeros(1, 3, 5, 32, 32)).shape == (1, 2, 4, 4)
+    assert (tokenizer / "last.ckpt").is_file() and list((tokenizer / "samples").glob("*.png"))
+    assert "val/psnr" in (tokenizer / "logs/metrics.csv").read_text()
+
+
+def test_a_language_model_is_trained_on_the_mixture(tokenizer, tmp_path):
+    assert program("train", *LM, f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", *TINY) == 0
+    model = VideoLM.from_pretrained(tmp_path / "model")
+    assert {"t2v", "t2i", "i2v", "stylization"} <= set(model.tasks)
+    assert "val/nll" in (tmp_path / "logs/metrics.csv").read_text()
+
+
+def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):
+    heads = ("head=factorized,chained", "head.bits=[6,6]")
+    common = ("task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}")
+    assert program("train", "-m", *LM, *heads, *common, *TINY) == 0
+    kinds = [json.loads((tmp_path / job / "model/lm/config.json").read_text()) for job in "01"]
+    assert [kind["model"]["head"]["_target_"].rpartition(".")[2] for kind in kinds] == ["Factorized", "Chained"]
+
+
+def test_training_again_needs_a_word(tokenizer, capfd):
+    assert program("train", "stage=tokenizer", f"output={tokenizer}", *TINY) == 2
+    assert "continue it with resume=true" in error_line(capfd)
+
+
+def error_line(capfd) -> str:
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["stage=lm", "stage.tokenizer=nowhere"], "no model at nowhere"),
+        (["stage=tokenizer", "tokenizer.channels=[16]"], "1 channels ask for 0 strides"),
+        (["stage=tokenizer", "+tokenizer.colour=3"], "stage.tokenizer: "),
+        (["stage=tokenizer", "stage.optimisation.schedule=linear"], "schedule is cosine, wsd or constant"),
+        (["stage=tokenizer", "data=folder", "data.root=nowhere"], "nowhere: no such folder"),
+        (["stage=tokenizer", "resume=true"], "resume=true but there is no"),
+        (["stage=tokenizer", "trainer.accelerator=abacus"], "You selected an invalid accelerator"),
+    ],
+)
+def test_mistakes_inside_are_one_line_too(arguments, message, capfd, tmp_path):
+    assert program("train", *TINY, *arguments, f"output={tmp_path}/new") == 2
+    assert error_line(capfd).startswith(f"error: {message}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_but_one_line_and_status_two():
+    done = process("train", "task=t3v")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown task 't3v'; did you mean t2v?") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_traceback_can_be_asked_for():
+    done = process("train", "task=t3v", REELM_TRACEBACK="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_lightning_command_line(tmp_path):
+    small = "--model.init_args.tokenizer.init_args"
+    status = program(
+        "cli", "fit", f"--config={ROOT}/conf/cli/tokenizer.yaml", "--trainer.max_steps=2", "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.val_check_interval=2",
+        "--data.batch_size=2", "--data.workers=0", "--data.validation_clips=2", f"--export.folder={tmp_path}",
+        f"{small}.channels=[16,16]", f"{small}.blocks=[1,1]",
+    )  # fmt: skip
+    assert status == 0
+    assert store.load(tmp_path / "model").vocabulary == 4096 and (tmp_path / "last.ckpt").is_file()
+
+
+def test_lightning_command_line_trains_language_models(tokenizer, tmp_path):
+    status = program(
+        "cli", "fit", f"--config={ROOT}/conf/cli/lm.yaml", "--trainer.max_steps=1", "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.limit_val_batches=0",
+        "--data.batch_size=2", "--data.workers=0", f"--export.folder={tmp_path}", "--model.init_args.text=400",
+        f"--model.init_args.tokenizer={tokenizer}/model", "--model.init_args.lm.init_args.width=64",
+        "--model.init_args.lm.init_args.depth=1", "--model.init_args.lm.init_args.heads=2",
+    )  # fmt: skip
+    assert status == 0 and (tmp_path / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    done = process("train", "stage=tokenizer", "trainer=ddp", f"output={tmp_path}", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert store.load(tmp_path / "model").vocabulary == 4096
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_without_a_trained_model(tmp_path):
+    output = tmp_path / "b.json"
+    assert program("benchmark", "quick=true", "model=null", "tokenizer=tiny", "lm=tiny", f"output={output}") == 0
+    results = json.loads(output.read_text())
+    assert results["weights"] == "random" and not results["trustworthy"]
+    rates = results["rates"]
+    assert {"stream", "gemm fp32", "gemm bf16", "conv3d fp32", "render", "loader", "train", "decode"} <= set(rates)
+    assert all(entry["rate"] > 0 for entry in rates.values())
+    assert 0 < rates["train"]["share"] < 2 and 0 < rates["tokenizer encode"]["share"] < 2
