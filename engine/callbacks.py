@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from reelm.data.writing import write_contact_sheet
-from reelm.engine import store
 
 LAST = "last.ckpt"
 
@@ -81,7 +80,8 @@ class Checkpoint(Callback):
             self._saved_at, self._saved_step = time.monotonic(), step
         if terminated:
             self.terminated = True
-            rank_zero_info(f"SIGTERM: saved step {step} to {self.folder / LAST}; the same command with resume=true continues")
+            saved = f"step {step} to {self.folder / LAST}"
+            rank_zero_info(f"SIGTERM: saved {saved}; the same command with resume=true continues")
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sends a SIGTERM does not wait for a validation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ def best_precision() -> str:
         if "avx512_bf16" in flags or "amx_bf16" in flags:  # without them bfloat16 is emulated and 3 x slower
             return "bf16-mixed"
     return "32-true"
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep freed memory for the next step instead of giving it back to the system.
+
+    Otherwise every large activation costs thousands of page faults again in each step, half of the time of a small model's
+    step on a CPU. Does nothing where the C library has no such setting.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        c = ctypes.CDLL("libc.so.6")
+        for setting, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            c.mallopt(setting, value)
 
 
 def callbacks(output: Path, ema: float, save_minutes: float, save_steps: int | None) -> list[L.Callback]:
@@ -53,7 +66,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def start_from(module: L.LightningModule, folder: str | Path) -> None:
-    """Begins with the weights of an exported model instead of random ones (a new run: optimiser and data start anew)."""
+    """Begins with the weights of an exported model instead of random ones; optimiser and data start anew."""
     part = module.start_from_part
     name = part if (Path(folder) / part).is_dir() else "."
     store.load_weights(getattr(module, part), Path(folder) / name / "model.safetensors")
@@ -68,6 +81,8 @@ def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         raise FileExistsError(f"{checkpoint} exists; continue it with resume=true or choose another output=...")
     if resume:
         check_checkpoint(checkpoint)
+    if trainer.accelerator.__class__.__name__ == "CPUAccelerator":
+        keep_freed_memory()
     try:
         trainer.fit(module, data, ckpt_path=str(checkpoint) if resume else None, weights_only=True if resume else None)
     except RuntimeError as error:

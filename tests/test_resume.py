@@ -18,8 +18,9 @@ from reelm.engine.callbacks import LAST
 STEPS = 6
 SETTINGS = (
     f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}", "data.batch_size=2", "data.workers=0",
-    "data.validation_clips=2", "tokenizer=tiny", "quantizer.bits=12", "lm=tiny", "stage.text=400", "trainer.accelerator=cpu",
-    "trainer.precision=32-true", "ema=0.9", "+data.train.length=100", "save_minutes=1000", "+trainer.enable_progress_bar=false",
+    "data.validation_clips=2", "tokenizer=tiny", "quantizer.bits=12", "lm=tiny", "stage.text=400",
+    "trainer.accelerator=cpu", "trainer.precision=32-true", "ema=0.9", "+data.train.length=100", "save_minutes=1000",
+    "+trainer.enable_progress_bar=false",
     "stage.optimisation.warmup=2",
 )  # fmt: skip
 
