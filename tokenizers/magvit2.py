@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -81,14 +82,24 @@ class FrameNorm(nn.GroupNorm):
         return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
+class SiteNorm(nn.LayerNorm):
+    """Normalisation of each place by itself, so that what happens elsewhere in the frame leaves it as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+NORMS = {"frame": FrameNorm, "site": SiteNorm}
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: norm, swish, conv, twice; 1x1x1 shortcut when the width changes."""
 
-    def __init__(self, cin: int, cout: int, kernel: Triple) -> None:
+    def __init__(self, cin: int, cout: int, kernel: Triple, norm: type[nn.Module] = FrameNorm) -> None:
         super().__init__()
-        self.norm1 = FrameNorm(cin)
+        self.norm1 = norm(cin)
         self.conv1 = CausalConv3d(cin, cout, kernel, bias=False)
-        self.norm2 = FrameNorm(cout)
+        self.norm2 = norm(cout)
         self.conv2 = CausalConv3d(cout, cout, kernel, bias=False)
         self.shortcut = nn.Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
 
@@ -121,6 +132,9 @@ class MAGVIT2(nn.Module):
         blocks: residual blocks at each level.
         kernels: convolution kernel (time, height, width) at each level.
         patch: size of the Haar patches in front; (1, 1, 1) for none.
+        encoder_blocks, encoder_kernels: those of the encoder, where they differ. An encoder that sees little around a
+            token gives what stands still the same token again and again, which a language model learns much faster.
+        encoder_norm: "frame" or, so that no place depends on the rest of the frame, "site".
     """
 
     def __init__(
@@ -131,16 +145,26 @@ class MAGVIT2(nn.Module):
         blocks: Sequence[int] = (4, 4, 4, 4),
         kernels: Sequence[Triple] = ((3, 3, 3),) * 4,
         patch: Triple = (1, 1, 1),
+        encoder_blocks: Sequence[int] | None = None,
+        encoder_kernels: Sequence[Triple] | None = None,
+        encoder_norm: Literal["frame", "site"] = "frame",
     ) -> None:
         super().__init__()
+        if encoder_norm not in NORMS:
+            raise ValueError(f"encoder_norm is one of {', '.join(NORMS)}; got {encoder_norm}")
+        norm = NORMS[encoder_norm]
+        encoder_blocks = list(encoder_blocks or blocks)
+        encoder_kernels = [tuple(kernel) for kernel in encoder_kernels or kernels]
         channels, strides, blocks, kernels = (list(x) for x in (channels, strides, blocks, kernels))
-        if not len(channels) == len(strides) + 1 == len(blocks) == len(kernels):
+        lengths = {len(channels), len(strides) + 1, len(blocks), len(kernels), len(encoder_blocks), len(encoder_kernels)}
+        if len(lengths) > 1:
             raise ValueError(
                 f"{len(channels)} channels ask for {len(channels) - 1} strides, {len(channels)} blocks and kernels; "
                 f"got {len(strides)}, {len(blocks)} and {len(kernels)}"
             )
         strides, kernels = [tuple(s) for s in strides], [tuple(k) for k in kernels]
         self.channels, self.strides, self.blocks, self.kernels = channels, strides, blocks, kernels
+        self.encoder_blocks, self.encoder_kernels, self.encoder_norm = encoder_blocks, encoder_kernels, encoder_norm
         self.patch = tuple(patch)
         self.quantizer = quantizer
         self.haar = HaarPatch(self.patch)
@@ -148,16 +172,16 @@ class MAGVIT2(nn.Module):
         pixels = 3 * math.prod(patch)
         top = channels[-1]
 
-        layers: list[nn.Module] = [CausalConv3d(pixels, channels[0], kernels[0], bias=False)]
+        layers: list[nn.Module] = [CausalConv3d(pixels, channels[0], encoder_kernels[0], bias=False)]
         width = channels[0]
-        for level, (cout, count, kernel) in enumerate(zip(channels, blocks, kernels)):
+        for level, (cout, count, kernel) in enumerate(zip(channels, encoder_blocks, encoder_kernels)):
             for _ in range(count):
-                layers.append(ResBlock(width, cout, kernel))
+                layers.append(ResBlock(width, cout, kernel, norm))
                 width = cout
             if level < len(strides):
                 down = tuple(max(k, 2 if s > 1 else 1) if s > 1 else k for k, s in zip(kernel, strides[level]))
                 layers.append(CausalConv3d(width, width, down, strides[level]))
-        layers += [FrameNorm(top), nn.SiLU(), nn.Conv3d(top, quantizer.dim, 1)]
+        layers += [norm(top), nn.SiLU(), nn.Conv3d(top, quantizer.dim, 1)]
         self.encoder = nn.Sequential(*layers)
 
         layers = [CausalConv3d(quantizer.dim, top, kernels[-1])]
