@@ -64,7 +64,7 @@ def sensible(reading: Reading) -> bool:
 def evaluate_task(
     model: VideoLM, name: str, world: Zoetrope, clips: int, batch: int, sheet: Path | None = None
 ) -> dict[str, Any]:
-    """Scores of one task: what was generated, the true clips (the judge's own error), other clips' captions (chance) and
+    """Scores of one task: what was generated, the true clips (the judge's own error), other clips' captions (chance),
     the tokenizer's reconstructions (ceiling)."""
     made, true, chance, ceiling = Tally(), Tally(), Tally(), Tally()
     valid = total = 0

@@ -32,8 +32,8 @@ def best_precision() -> str:
 def keep_freed_memory() -> None:
     """Asks glibc to keep freed memory for the next step instead of giving it back to the system.
 
-    Otherwise every large activation costs thousands of page faults again in each step, half of the time of a small model's
-    step on a CPU. Does nothing where the C library has no such setting.
+    Otherwise every large activation costs thousands of page faults again in each step, half of the time of a small
+    model's step on a CPU. Does nothing where the C library has no such setting.
     """
     with contextlib.suppress(OSError, AttributeError):
         c = ctypes.CDLL("libc.so.6")

@@ -102,7 +102,9 @@ def _mask(inputs: Inputs, size: tuple[int, int]) -> Tensor:
         )
     known = read_image(inputs.mask, size=size).video.mean(1, keepdim=True) < 0
     if known.all() or not known.any():
-        raise ValueError(f"mask {inputs.mask} is all {'black' if known.all() else 'white'}; paint white what is to be made")
+        raise ValueError(
+            f"mask {inputs.mask} is all {'black' if known.all() else 'white'}; paint white what is to be made"
+        )
     return known
 
 
@@ -186,13 +188,17 @@ def make(
         length = min(window, overlap + frames - result.shape[2])
         tail = result[:, :, -overlap:]
         given = Given(
-            (length, *model.shape[1:]), given.captions, tail, torch.ones_like(tail[:, :1], dtype=torch.bool), fps=model.fps
+            (length, *model.shape[1:]),
+            given.captions,
+            tail,
+            torch.ones_like(tail[:, :1], dtype=torch.bool),
+            fps=model.fps,
         )
-        further = model.generate(given, "continuation" if "continuation" in model.tasks else task, sampling, seed, progress)
+        further = model.generate(
+            given, "continuation" if "continuation" in model.tasks else task, sampling, seed, progress
+        )
         result = torch.cat([result, further.video[:, :, overlap:]], 2)
     return Clip(result.cpu(), model.fps, (inputs.prompt,) * samples)
-
-
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,9 @@ def _outputs(job: Job, task: str) -> tuple[Path, str]:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"output folder {path.parent} cannot be written: {error.strerror}; give another output=...") from None
+        raise ValueError(
+            f"output folder {path.parent} cannot be written: {error.strerror}; give another output=..."
+        ) from None
     return path, path.suffix.lower()
 
 

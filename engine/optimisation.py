@@ -15,7 +15,8 @@ def schedule_factor(kind: str, warmup: int, total: int, cooldown: float, floor: 
     """Factor on the learning rate at each step.
 
     "cosine": linear warm-up, then half a cosine down to `floor`. "wsd": warm-up, stable, then a linear decay to `floor`
-    over the last `cooldown` share of the steps, so that a run can be prolonged from its stable part. "constant": warm-up.
+    over the last `cooldown` share of the steps, so that a run can be prolonged from its stable part. "constant":
+    warm-up alone.
     """
 
     def factor(step: int) -> float:
@@ -47,8 +48,8 @@ def orthogonalised(gradient: Tensor, steps: int = 5) -> Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, and in groups with `momentum` Muon (Jordan et al. 2024): momentum whose every update is orthogonalised.
 
-    Unlike `torch.optim.Muon` it takes convolutions too, as matrices of output channels by the rest. Updates are scaled to
-    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate suits both.
+    Unlike `torch.optim.Muon` it takes convolutions too, as matrices of output channels by the rest. Updates are
+    scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate suits both.
     """
 
     @torch.no_grad()

@@ -89,9 +89,7 @@ def _packed(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return packed
 
 
-def save(
-    model: nn.Module, folder: str | Path, dtype: str | None = None, notes: dict[str, Any] | None = None
-) -> None:
+def save(model: nn.Module, folder: str | Path, dtype: str | None = None, notes: dict[str, Any] | None = None) -> None:
     """Writes the folder; `dtype` float32, bfloat16 or int8 (rows scaled; vectors stay float32).
 
     Without a `dtype` it is that of the folder the model was loaded from (whose weights it then reproduces), or float32.

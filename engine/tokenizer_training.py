@@ -15,7 +15,6 @@ from reelm.data.module import Batch
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
 
-
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda error: error.square().mean(),
     "l1": lambda error: error.abs().mean(),
@@ -31,7 +30,7 @@ class TokenizerTraining(L.LightningModule):
         optimisation: learning rate and schedule.
         perceptual: a module `(video, target) -> scalar` such as `reelm.tokenizers.perceptual.LPIPS`, or None.
         reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
-        reconstruction: "l2", "l1", or "psnr": the logarithm of each clip's L2, by which easy and hard clips count alike.
+        reconstruction: "l2", "l1", or "psnr": the logarithm of each clip's L2, so that easy and hard clips count alike.
         frames: trains on a random part of each clip, of this many frames; None: on whole clips.
     """
 

@@ -283,8 +283,8 @@ class Factorized(Head):
 class Chained(Factorized):
     """Sub-tokens one after the other: each is predicted from the hidden state and the sub-tokens before it.
 
-    Next-sub-token prediction as in Open-MAGVIT2 (arXiv:2409.04410, section 3.3), with a two-layer network in place of its
-    transformer over two positions. Unlike `Factorized` it samples codes whose parts fit together.
+    Next-sub-token prediction as in Open-MAGVIT2 (arXiv:2409.04410, section 3.3), with a two-layer network in place of
+    its transformer over two positions. Unlike `Factorized` it samples codes whose parts fit together.
 
     Args:
         bits: bits of each sub-token, the highest first; None: the vocabulary's visual codes in two, three to two.

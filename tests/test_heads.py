@@ -210,7 +210,9 @@ def test_chained_loss_is_the_joint_cross_entropy_and_its_samples_follow_it():
         loss, _ = head.loss(hidden.expand(1, 2, 12), ids, torch.tensor([[False, True]]))
         torch.testing.assert_close(loss, -joint[code])
     generator = torch.Generator().manual_seed(1)
-    drawn = head.sample(hidden.expand(20000, 12), lambda logits: sampling.sample_logits(logits, generator=generator)) - 256
+    drawn = (
+        head.sample(hidden.expand(20000, 12), lambda logits: sampling.sample_logits(logits, generator=generator)) - 256
+    )
     share = torch.bincount(drawn, minlength=8) / 20000
     assert ((share - joint.exp()).abs() < 4 * (joint.exp() * (1 - joint.exp()) / 20000).sqrt() + 1e-3).all()
 

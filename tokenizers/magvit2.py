@@ -156,7 +156,8 @@ class MAGVIT2(nn.Module):
         encoder_blocks = list(encoder_blocks or blocks)
         encoder_kernels = [tuple(kernel) for kernel in encoder_kernels or kernels]
         channels, strides, blocks, kernels = (list(x) for x in (channels, strides, blocks, kernels))
-        lengths = {len(channels), len(strides) + 1, len(blocks), len(kernels), len(encoder_blocks), len(encoder_kernels)}
+        levels = (channels, blocks, kernels, encoder_blocks, encoder_kernels)
+        lengths = {len(strides) + 1, *(len(level) for level in levels)}
         if len(lengths) > 1:
             raise ValueError(
                 f"{len(channels)} channels ask for {len(channels) - 1} strides, {len(channels)} blocks and kernels; "
