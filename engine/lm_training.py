@@ -140,7 +140,8 @@ class LMTraining(L.LightningModule):
         if checkpoint.get("tokenizer_hash") != self.tokenizer_hash:
             raise ValueError(
                 f"the checkpoint was trained on tokens of another tokenizer ({checkpoint.get('tokenizer_hash')}, "
-                f"this one is {self.tokenizer_hash}); give the same stage.tokenizer=..., or start anew with resume=false"
+                f"this one is {self.tokenizer_hash}); give the same stage.tokenizer=..., "
+                "or start anew with resume=false"
             )
 
     def configure_optimizers(self) -> dict:

@@ -125,7 +125,8 @@ class VideoLM(nn.Module):
         """Clips for what is given: a prompt, several, or a `Given` with known pixels or a condition.
 
         seed: sample i draws with seed + i, so it does not depend on its neighbours as long as no prompt of the batch
-            takes more text slots (a multiple of 8 word pieces) than its own. progress: called with tokens made and tokens asked.
+            takes more text slots (a multiple of 8 word pieces) than its own. progress: called with tokens
+            made and tokens asked.
         """
         given = self._given(given, task)
         sequence, unprompted, where = self.prepare(given, task)
