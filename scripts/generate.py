@@ -10,7 +10,8 @@ from reelm.scripts.common import program
 @program("generate", words=("prompt", "image", "last", "video", "mask", "output", "model"))
 def main(cfg: DictConfig) -> None:
     inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start)
-    job = Job(cfg.model, cfg.task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known)
+    task = cfg.task.get("name", "mixture") if cfg.get("task") else None
+    job = Job(cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known)
     run_job(job, instantiate(cfg.sampler), OmegaConf.to_container(cfg, resolve=True))
 
 
