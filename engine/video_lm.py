@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reelm.data.clip import Clip
 from reelm.engine import store
@@ -104,15 +104,6 @@ class VideoLM(nn.Module):
         shape = (self.task(task).frames or self.shape[0], *self.shape[1:])
         return Given(shape, captions, fps=self.fps)
 
-    def prepare(self, given: Given, task: str) -> tuple[Any, Any, Tensor]:
-        """Sequence, its counterpart without the prompt, and the places `(N, 3)` of the tokens to make."""
-        marker = self.task(task).marker
-        sequence = self.packer.pack(given, marker)
-        unprompted = self.packer.pack(given, marker, unprompted=True, slots=self.packer.slots(given.captions))
-        known = self.packer.known_tokens(given)
-        where = Tokens.positions(self.packer.grid(given), self.device)
-        return sequence, unprompted, where[0 if known is None else known.shape[1] :]
-
     @torch.inference_mode()
     def generate(
         self,
@@ -129,21 +120,20 @@ class VideoLM(nn.Module):
             made and tokens asked.
         """
         given = self._given(given, task)
-        sequence, unprompted, where = self.prepare(given, task)
+        sequence = self.packer.pack(given, self.task(task).marker)
+        known = self.packer.known_in(sequence)
+        where = Tokens.positions(self.packer.grid(given), self.device)[known.shape[1] :]
         made = generate(
             self.lm.transformer,
             self.lm.head,
             sequence,
             where,
             sampling or self.sampling,
-            unprompted,
+            self.packer.without_prompt(sequence),
             generator=seeded(list(range(seed, seed + len(given))), self.device),
             callback=None if progress is None else lambda count, _: progress(count, len(where)),
         )
-        codes = self.lm.head.vocabulary.from_visual(made)
-        known = self.packer.known_tokens(given)
-        if known is not None:
-            codes = torch.cat([known, codes], 1)
+        codes = self.lm.head.vocabulary.from_visual(torch.cat([known, made], 1))
         video = self.tokenizer.decode(codes.unflatten(1, self.packer.grid(given)))
         return Clip(video, given.fps, given.captions)
 

@@ -103,6 +103,21 @@ class Packer:
         leading = 1 + (leading - 1) // self.tokenizer.compression[0] * self.tokenizer.compression[0]
         return self.tokenizer.encode(given.video[:, :, :leading]).flatten(1)
 
+    def known_in(self, sequence: Sequence) -> Tensor:
+        """Ids of the known tokens that a sequence without targets ends with, `(B, N)`."""
+        start = int((sequence.ids[0] == int(Special.bov_o)).nonzero()[-1]) + 1
+        return sequence.ids[:, start:]
+
+    def without_prompt(self, sequence: Sequence) -> Sequence:
+        """The same sequence with its prompts left out, as `pack` with `unprompted=True` makes it."""
+        pieces = self.vocabulary.text_range
+        text = (sequence.ids >= pieces.start) & (sequence.ids < pieces.stop)
+        mask = sequence.context_mask
+        return sequence.replace(
+            ids=torch.where(text, int(Special.pad), sequence.ids),
+            context_mask=None if mask is None else torch.zeros_like(mask),
+        )
+
     def pack(
         self,
         given: Given,
