@@ -107,9 +107,9 @@ def _write_container(path: Path, frames: np.ndarray, clip: Clip, suffix: str, qu
         ".mp4": ("libx264", {"crf": str(quality), "preset": "medium"}),
         ".webm": ("libvpx-vp9", {"crf": str(quality), "b": "0", "cpu-used": "4", "row-mt": "1"}),
     }[suffix]
-    with av.open(
-        os.fspath(path), "w", format=suffix[1:], options={"movflags": "faststart"} if suffix == ".mp4" else {}
-    ) as out:
+    # bitexact: no random identifiers, so that the same clip makes the same file
+    container = {"fflags": "+bitexact"} | ({"movflags": "faststart"} if suffix == ".mp4" else {})
+    with av.open(os.fspath(path), "w", format=suffix[1:], options=container) as out:
         stream = out.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context

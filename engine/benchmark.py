@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from reelm.data.module import ClipData, ClipSource
-from reelm.engine import fit, store
+from reelm.data.writing import whole_file
+from reelm.engine import fit
 from reelm.engine.lm_training import train_text
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
@@ -256,7 +257,8 @@ def run(model: VideoLM, data: ClipData, settings: Settings, output: Path, about:
         results["rates"][name] = entry
     print(table(results, top))
     output.parent.mkdir(parents=True, exist_ok=True)
-    store.write_file(output, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    with whole_file(output) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {output}")
     return results
 

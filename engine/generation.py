@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from reelm.data.clip import Clip
 from reelm.data.controls import control_image, flow, pseudo_depth
 from reelm.data.reading import probe, read_image, read_video
-from reelm.data.writing import PICTURES, VIDEOS, write_contact_sheet, write_image, write_video
-from reelm.engine.store import fingerprint, write_file
+from reelm.data.writing import PICTURES, VIDEOS, whole_file, write_contact_sheet, write_image, write_video
+from reelm.engine.store import fingerprint
 from reelm.engine.video_lm import VideoLM, load
 from reelm.lm.sampling import Sampling
 from reelm.tasks.task import Given
@@ -270,7 +270,8 @@ def run_job(job: Job, sampling: Sampling, config: dict) -> list[Path]:
         "seconds": {"load": round(loaded - started, 3), "make": round(made - loaded, 3)},
         "config": config,
     }
-    write_file(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+    with whole_file(path.with_suffix(".json")) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n")
     if job.samples > 1:
         paths.append(write_contact_sheet(path.with_suffix(".png"), clip, columns=6, scale=2))
     for one in paths:

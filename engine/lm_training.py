@@ -40,6 +40,7 @@ class LMTraining(L.LightningModule):
         optimisation: learning rate and schedule.
         text: a trained text model, or the number of word pieces of one to be trained on the captions.
         text_drop: share of prompts left out, for classifier-free guidance.
+        compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
         sampling: with which samples are drawn to be looked at, and which the saved model has by default.
     """
 
@@ -55,13 +56,14 @@ class LMTraining(L.LightningModule):
         optimisation: Optimisation,
         text: SentencePieceText | T5Text | int = 1024,
         text_drop: float = 0.1,
+        compile: bool = False,
         sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__()
         self.video_tokenizer = [store.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
         self.task, self.optimisation = task, optimisation
         self.tasks = {part.name: part for part in tasks_of(task)}
-        self.text, self.text_drop, self.sampling = text, text_drop, sampling
+        self.text, self.text_drop, self.compile_blocks, self.sampling = text, text_drop, compile, sampling
         pieces = text if isinstance(text, int) else text.vocabulary
         vocabulary = Vocabulary(visual=self.video_tokenizer[0].vocabulary, text=pieces)
         self.lm = LanguageModel(lm, head(vocabulary=vocabulary, width=lm.width))
@@ -95,6 +97,9 @@ class LMTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.video_tokenizer[0].to(self.device)
+        if self.compile_blocks:
+            for block in self.lm.transformer.blocks:
+                block.compile(dynamic=True)  # lengths and prefixes differ from batch to batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         task, packer = self.tasks[batch.name], self.model.packer

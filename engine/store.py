@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from reelm.data.writing import whole_file
 
 ALLOWED = ("reelm.tokenizers.", "reelm.lm.", "reelm.tasks.")
 
@@ -59,16 +60,6 @@ def build(config: Any) -> Any:
     return kind(**arguments)
 
 
-def write_file(path: Path, write) -> None:
-    """Writes by `write(temporary path)` and renames: the final name never holds half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _packed(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"weights are saved as float32, bfloat16 or int8; got {dtype}")
@@ -97,9 +88,10 @@ def save(model: nn.Module, folder: str | Path, dtype: str | None = None, notes: 
     folder, dtype = Path(folder), dtype or getattr(model, "stored_dtype", "float32")
     packed = _packed(model.state_dict(), dtype)
     config = {"model": describe(model), "dtype": dtype, "notes": notes or {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "model.safetensors", lambda p: save_file(packed, p))
-    write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
+    with whole_file(folder / "model.safetensors") as part:
+        save_file(packed, part)
+    with whole_file(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reelm.data.clip import Clip
+from reelm.data.writing import whole_file
 from reelm.engine import store
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.sampling import Sampling, generate, seeded
@@ -62,7 +63,8 @@ class VideoLM(nn.Module):
         folder = Path(folder)
         store.save(self.tokenizer, folder / "tokenizer")
         store.save(self.lm, folder / "lm", dtype)
-        self.text.save(folder / "text.model")
+        with whole_file(folder / "text.model") as part:
+            part.write_bytes(self.text.model)
         config = {
             "tokenizer": store.fingerprint(self.tokenizer),
             "tasks": store.describe(self.tasks),
@@ -71,7 +73,8 @@ class VideoLM(nn.Module):
             "sampling": vars(self.sampling),
             "notes": notes or {},
         }
-        store.write_file(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
+        with whole_file(folder / "config.json") as part:
+            part.write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VideoLM:

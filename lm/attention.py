@@ -51,7 +51,8 @@ def _math(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
     k, v = _repeat(q, k, v)
     shape = q.shape
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    bias = _bias(q.shape[1], k.shape[1], prefix, q.dtype, q.device)
+    make = _bias.__wrapped__ if torch.compiler.is_compiling() else _bias  # compiled, the mask is part of the product
+    bias = make(q.shape[1], k.shape[1], prefix, q.dtype, q.device)
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.baddbmm(bias.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=shape[-1] ** -0.5)
         return torch.bmm(scores.softmax(-1), v).view(shape)

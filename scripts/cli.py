@@ -4,9 +4,11 @@ Models are named by `class_path`, so anybody's LightningModule over `reelm.data.
 Every flag is explained by `python scripts/cli.py fit --help`.
 """
 
+from typing import Any, NoReturn
+
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from reelm.data.module import ClipData
 from reelm.engine.callbacks import Checkpoint, Export, FiniteLoss, Progress
@@ -14,6 +16,11 @@ from reelm.engine.errors import one_line_errors
 
 
 class Program(LightningCLI):
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**options)
+        parser.error = _wrong_option  # instead of printing every option there is
+        return parser
+
     def add_arguments_to_parser(self, parser) -> None:
         # in the order in which they act: what is exported are the averaged weights, what is saved comes last
         parser.add_lightning_class_args(FiniteLoss, "finite_loss")
@@ -23,6 +30,10 @@ class Program(LightningCLI):
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "export.folder": "outputs/cli"})
         parser.link_arguments("export.folder", "checkpoint.folder")
+
+
+def _wrong_option(message: str, *_: Any) -> NoReturn:
+    raise ValueError(f"{message.partition('Given value type')[0].strip()}; --help explains the options")
 
 
 @one_line_errors

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from reelm.engine import store
+from reelm.data.writing import whole_file
 from reelm.engine.evaluation import evaluate, judge_tokenizer
 from reelm.engine.video_lm import load
 from reelm.scripts.common import program
@@ -25,7 +25,8 @@ def main(cfg: DictConfig) -> None:
     print("tokenizer", {name: round(value, 4) for name, value in results["tokenizer"].items()})
     sheets = Path(cfg.sheets) if cfg.sheets else None
     results |= evaluate(model, tasks, tuple(cfg.splits), cfg.clips, cfg.batch, sheets)
-    store.write_file(output, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    with whole_file(output) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {output}")
 
 

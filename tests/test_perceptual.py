@@ -28,9 +28,7 @@ def files(request, tmp_path_factory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     layers = (alexnet if network == "alex" else squeezenet)()[0]
     features = {f"features.{name}": value.detach().clone() for name, value in layers.state_dict().items()}
-    linear = {
-        f"{network}.lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(WIDTHS[network])
-    }
+    linear = {f"{network}.lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(WIDTHS[network])}
     return write(folder / f"features{suffix}", features), write(folder / f"linear{suffix}", linear)
 
 

@@ -139,6 +139,21 @@ def test_lightning_command_line_trains_language_models(tokenizer, tmp_path):
     assert status == 0 and (tmp_path / "last.ckpt").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz=3"),
+        (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
+        (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--trainer.max_steps=few"], "few"),
+        (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--model.init_args.optimisation.init_args.lrr=1"], "'lrr'"),
+        (["fitt"], "'fitt'"),
+    ],
+)
+def test_mistakes_in_the_lightning_command_line_are_one_line(arguments, message, capfd):
+    assert program("cli", *arguments) == 2
+    assert message in error_line(capfd)
+
+
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     done = process("train", "stage=tokenizer", "trainer=ddp", f"output={tmp_path}", *TINY)

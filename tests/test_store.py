@@ -148,17 +148,6 @@ def test_fingerprints_tell_weights_and_descriptions_apart():
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def interrupted(temporary: Path) -> None:
-        temporary.write_text("half of the n")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.write_file(path, interrupted)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-
     model = tokenizer()
     store.save(model, tmp_path / "model")
 

@@ -43,12 +43,12 @@ def test_decoding_leaves_out_padding(text):
 
 
 def test_training_is_deterministic_silent_and_saved(text, tmp_path, capfd):
-    again = SentencePieceText.train(iter(CAPTIONS), 512, tmp_path / "new" / "text.model")
+    again = SentencePieceText.train(iter(CAPTIONS), 512)
     assert capfd.readouterr() == ("", "")
     assert again.model == text.model
-    loaded = SentencePieceText(tmp_path / "new" / "text.model")
+    (tmp_path / "text.model").write_bytes(again.model)
+    loaded = SentencePieceText(tmp_path / "text.model")
     assert loaded.encode(CAPTIONS[:9]) == text.encode(CAPTIONS[:9]) and loaded.vocabulary == text.vocabulary <= 512
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["text.model"]
 
 
 def test_long_prompts_are_cut_with_a_warning(text):

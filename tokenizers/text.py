@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -77,21 +76,8 @@ class SentencePieceText:
             raise ValueError(f"text ids run from 0 to {self.vocabulary - 1}; got {wrong[0]}")
         return self._pieces.decode([[i for i in row if i != self._pieces.pad_id()] for row in rows])
 
-    def save(self, path: str | Path) -> None:
-        """Writes the model's file; the name never holds half of it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(self.model)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     @classmethod
-    def train(
-        cls, captions: Iterable[str], vocab_size: int = 1024, path: str | Path | None = None
-    ) -> SentencePieceText:
+    def train(cls, captions: Iterable[str], vocab_size: int = 1024) -> SentencePieceText:
         """A model in which each common word of the captions is one piece; any other text is spelt, if need be in bytes.
 
         Case is folded. `vocab_size` is an upper limit; 259 of it are bytes and special pieces, about four pieces a word
@@ -125,10 +111,7 @@ class SentencePieceText:
             raise ValueError(
                 f"no text model of {vocab_size} pieces can be trained on these captions: {reason}"
             ) from None
-        text = cls(written.getvalue())
-        if path is not None:
-            text.save(path)
-        return text
+        return cls(written.getvalue())
 
 
 class T5Text(nn.Module):
