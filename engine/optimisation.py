@@ -33,16 +33,19 @@ def schedule_factor(kind: str, warmup: int, total: int, cooldown: float, floor: 
     return factor
 
 
-def orthogonalised(gradient: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, by a quintic Newton-Schulz iteration in bfloat16 (Muon)."""
-    x = gradient.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+def orthogonalised(gradients: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly, by a quintic Newton-Schulz iteration in bfloat16 (Muon).
+
+    Of `(..., rows, columns)`; many small matrices together take little more than half the time of one by one.
+    """
+    x = gradients.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if tall else x).float()
+    return (x.mT if tall else x).float()
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -65,6 +68,7 @@ class MuonAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = everything
         for group in spectral:
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -73,10 +77,13 @@ class MuonAdamW(torch.optim.AdamW):
                     state["step"] = torch.zeros(())  # AdamW asks each state for one when it loads
                     state["average"] = torch.zeros_like(parameter)
                 average = state["average"].mul_(group["momentum"]).add_(parameter.grad)
-                update = orthogonalised(parameter.grad.add(average, alpha=group["momentum"]).flatten(1))
-                rows, columns = update.shape
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                direction = parameter.grad.add(average, alpha=group["momentum"]).flatten(1)
+                alike.setdefault(direction.shape, []).append((parameter, direction))
+            for shape, pairs in alike.items():
+                updates = orthogonalised(torch.stack([direction for _, direction in pairs]))
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
         return loss
 
 
