@@ -11,9 +11,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from reelm.data.writing import write_contact_sheet
 
@@ -138,6 +139,16 @@ class Export(Callback):
                     if isinstance(logger, TensorBoardLogger):
                         strip = torch.cat(list(clips[:, :, :: max(clips.shape[2] // 5, 1)].flatten(2, 3).cpu()), 2)
                         logger.experiment.add_image("samples", (strip + 1) / 2, trainer.global_step)
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights, which is what is validated and exported.
+
+    Unlike Lightning's own it interpolates, so that weights which do not move stay as they are to the last bit.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 class Progress(Callback):

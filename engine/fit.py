@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from reelm.engine import store
-from reelm.engine.callbacks import LAST, Checkpoint, Export, FiniteLoss, Progress
+from reelm.engine.callbacks import EMA, LAST, Checkpoint, Export, FiniteLoss, Progress
 
 SIGTERM_STATUS = 143
 
@@ -45,7 +45,7 @@ def callbacks(output: Path, ema: float, save_minutes: float, save_steps: int | N
     """What each run has; the order matters: `Export` must see the averaged weights."""
     parts: list[L.Callback] = [FiniteLoss(), Export(output), Progress(), LearningRateMonitor("step")]
     if ema:
-        parts.append(EMAWeightAveraging(decay=ema, use_buffers=False))
+        parts.append(EMA(ema))
     return [*parts, Checkpoint(output, save_minutes, save_steps)]
 
 
@@ -66,10 +66,10 @@ def check_checkpoint(path: Path) -> None:
 
 
 def start_from(module: L.LightningModule, folder: str | Path) -> None:
-    """Begins with the weights of an exported model instead of random ones; optimiser and data start anew."""
+    """Begins with the weights of an exported model, which may be smaller; optimiser and data start anew."""
     part = module.start_from_part
     name = part if (Path(folder) / part).is_dir() else "."
-    store.load_weights(getattr(module, part), Path(folder) / name / "model.safetensors")
+    store.grow(getattr(module, part), Path(folder) / name / "model.safetensors")
 
 
 def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:

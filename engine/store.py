@@ -124,6 +124,39 @@ def load(folder: str | Path) -> nn.Module:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fills a model from a safetensors file written by `save`."""
     try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds weights of another model: {str(error).splitlines()[-1].strip()}") from None
+
+
+@torch.no_grad()
+def grow(model: nn.Module, path: Path) -> None:
+    """Begins a model with the weights of a smaller one.
+
+    A larger tensor has the stored one in its first entries; what new inputs contribute is 0, and blocks that the
+    smaller model lacks begin as the identity where they can, so that a deeper model computes what the smaller one did.
+
+    Raises ValueError where the stored model is no smaller one.
+    """
+    weights, own = read_weights(path), model.state_dict()
+    for name, weight in weights.items():
+        target = own.get(name)
+        here, there = () if target is None else tuple(target.shape), tuple(weight.shape)
+        smaller = len(here) == len(there) and all(a >= b for a, b in zip(here[:2], there[:2], strict=True))
+        if target is None or not smaller or here[2:] != there[2:]:  # a larger kernel would have its centre elsewhere
+            what = f"{here} here" if target is not None else "which this one has not"
+            raise ValueError(f"{path} holds weights of another model: {name} is {there}, {what}")
+        if target.ndim > 1:
+            target[: there[0]] = 0
+        target[tuple(slice(size) for size in there)] = weight
+    for name, module in model.named_modules():
+        if hasattr(module, "begin_as_identity") and not any(key.startswith(f"{name}.") for key in weights):
+            module.begin_as_identity()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file written by `save`, those of floats in float32."""
+    try:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
@@ -139,16 +172,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
             weight = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
         if not (name.endswith(".scale") and stored.get(name[: -len(".scale")], weight).dtype == torch.int8):
             weights[name] = weight.float() if weight.is_floating_point() else weight
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds weights of another model: {str(error).splitlines()[-1].strip()}") from None
+    return weights
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's description and weights, to tell which tokenizer made which tokens."""
-    digest = hashlib.sha256(json.dumps(describe(model), sort_keys=True).encode())
+    """A short hash of a model's description and weights, to tell which tokenizer made which tokens.
+
+    What a model names in `decoding_only` does not count: a tokenizer's decoder can be trained on, and its tokens stay.
+    """
+    ignored = getattr(model, "decoding_only", ())
+    description = {name: value for name, value in describe(model).items() if name not in ignored}
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
+        if name.partition(".")[0] in ignored:
+            continue
         # bfloat16 rounding absorbs what storage does to the weights only where storage is bfloat16; int8 is saved once
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())

@@ -32,6 +32,7 @@ class TokenizerTraining(L.LightningModule):
         reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
         reconstruction: "l2", "l1", or "psnr": the logarithm of each clip's L2, so that easy and hard clips count alike.
         frames: trains on a random part of each clip, of this many frames; None: on whole clips.
+        part: "decoder" keeps the encoder as it is: the tokens stay the same, and what was trained on them stays right.
     """
 
     metric = "val/psnr"  # what a sweep optimises
@@ -48,6 +49,7 @@ class TokenizerTraining(L.LightningModule):
         perceptual_weight: float = 0.1,
         reconstruction: Literal["l2", "l1", "psnr"] = "l2",
         frames: int | None = None,
+        part: Literal["all", "decoder"] = "all",
     ) -> None:
         super().__init__()
         self.tokenizer, self.perceptual, self.optimisation = tokenizer, perceptual, optimisation
@@ -60,7 +62,12 @@ class TokenizerTraining(L.LightningModule):
         }
         if reconstruction not in ERRORS:
             raise ValueError(f"reconstruction is one of {', '.join(ERRORS)}; got {reconstruction}")
+        if part not in ("all", "decoder"):
+            raise ValueError(f"part is all or decoder; got {part}")
         self.reconstruction, self.frames = reconstruction, frames
+        if part == "decoder":
+            tokenizer.requires_grad_(False)
+            tokenizer.decoder.requires_grad_(True)
         self._seen: list[Tensor] = []
 
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:

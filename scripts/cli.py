@@ -7,11 +7,10 @@ Every flag is explained by `python scripts/cli.py fit --help`.
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from reelm.data.module import ClipData
-from reelm.engine.callbacks import Checkpoint, Export, FiniteLoss, Progress
+from reelm.engine.callbacks import EMA, Checkpoint, Export, FiniteLoss, Progress
 from reelm.engine.errors import one_line_errors
 
 
@@ -26,9 +25,9 @@ class Program(LightningCLI):
         parser.add_lightning_class_args(FiniteLoss, "finite_loss")
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(Progress, "progress")
-        parser.add_lightning_class_args(EMAWeightAveraging, "ema")
+        parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "export.folder": "outputs/cli"})
+        parser.set_defaults({"export.folder": "outputs/cli"})
         parser.link_arguments("export.folder", "checkpoint.folder")
 
 

@@ -60,6 +60,19 @@ def test_a_tokenizer_is_trained(tokenizer):
     assert "val/psnr" in (tokenizer / "logs/metrics.csv").read_text()
 
 
+def test_a_decoder_is_trained_on_for_the_same_tokens(tokenizer, tmp_path):
+    only = ("stage.part=decoder", f"init={tokenizer}/model", f"output={tmp_path}")
+    assert (
+        program("train", "stage=tokenizer", *TINY, "tokenizer.blocks=[2,1]", "+tokenizer.encoder_blocks=[1,1]", *only)
+        == 0
+    )
+    before, after = store.load(tokenizer / "model"), store.load(tmp_path / "model")
+    assert store.fingerprint(after) == store.fingerprint(before)
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    assert torch.equal(after.encode(video), before.encode(video))
+    assert not torch.equal(after.decode(after.encode(video)), before.decode(before.encode(video)))
+
+
 def test_a_language_model_is_trained_on_the_mixture(tokenizer, tmp_path):
     assert program("train", *LM, f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", *TINY) == 0
     model = VideoLM.from_pretrained(tmp_path / "model")

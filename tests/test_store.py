@@ -143,7 +143,7 @@ def test_fingerprints_tell_weights_and_descriptions_apart():
     first = store.fingerprint(model)
     assert first == store.fingerprint(model) and len(first) == 16
     with torch.no_grad():
-        model.decoder[0].weight[0, 0, 0, 0, 0] += 1e-6
+        model.encoder[0].weight[0, 0, 0, 0, 0] += 1e-6
     assert store.fingerprint(model) != first
 
 
@@ -160,6 +160,43 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         store.save(tokenizer(), tmp_path / "model")
     assert same_weights(store.load(tmp_path / "model"), model)
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+
+
+def grown(quantizer: nn.Module, depth: int) -> MAGVIT2:
+    return MAGVIT2(
+        quantizer, patch=(4, 4, 4), channels=(8, 8), strides=((1, 2, 2),), blocks=(1, depth),
+        kernels=((1, 3, 3), (3, 3, 3)), encoder_blocks=(1, 1),
+    )  # fmt: skip
+
+
+def test_a_deeper_decoder_begins_as_the_shallower_one(tmp_path):
+    small, large = grown(FSQ((4, 4)), 1), grown(FSQ((4, 4)), 3)
+    ids = torch.randint(small.vocabulary, (2, 2, 4, 4))
+    store.save(small, tmp_path)
+    store.grow(large, tmp_path / "model.safetensors")
+    assert torch.equal(large.decode(ids), small.decode(ids))
+    large.decoder.level1_block2.conv2.weight.requires_grad_().data.add_(0.1)
+    assert not torch.equal(large.decode(ids), small.decode(ids))
+    assert store.fingerprint(large) == store.fingerprint(small)
+
+
+def test_a_larger_codebook_begins_with_what_the_smaller_one_learned(tmp_path):
+    small, large = grown(FSQ((4, 4)), 1), grown(FSQ((4, 4, 4)), 1)
+    store.save(small, tmp_path)
+    store.grow(large, tmp_path / "model.safetensors")
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    assert torch.equal(large.encode_latents(video)[:, :2], small.encode_latents(video))
+    latents = torch.rand(1, 3, 2, 4, 4)
+    torch.testing.assert_close(large.decode_latents(latents), small.decode_latents(latents[:, :2]))
+    assert large.encode_latents(video)[:, 2].std() > 0 and store.fingerprint(large) != store.fingerprint(small)
+
+
+def test_growth_asks_for_a_smaller_model_of_the_same_kind(tmp_path):
+    store.save(grown(FSQ((4, 4)), 2), tmp_path)
+    with pytest.raises(ValueError, match="another model: decoder.level1_block1.* which this one has not"):
+        store.grow(grown(FSQ((4, 4)), 1), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"another model: decoder.first.weight is .*, .* here"):
+        store.grow(grown(FSQ((4,)), 2), tmp_path / "model.safetensors")
 
 
 def test_an_unknown_precision_writes_nothing(tmp_path):

@@ -107,6 +107,10 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
+    def begin_as_identity(self) -> None:
+        """Makes a block that deepens a trained network leave it as it is, to begin with."""
+        nn.init.zeros_(self.conv2.weight)
+
 
 class Upsample(nn.Module):
     """Depth to space (and time); the first `stride_t - 1` frames are dropped, mirroring the causal down-sampling."""
@@ -136,6 +140,8 @@ class MAGVIT2(nn.Module):
             token gives what stands still the same token again and again, which a language model learns much faster.
         encoder_norm: "frame" or, so that no place depends on the rest of the frame, "site".
     """
+
+    decoding_only = ("decoder", "blocks", "kernels")  # parts and arguments on which no token depends
 
     def __init__(
         self,
@@ -173,29 +179,35 @@ class MAGVIT2(nn.Module):
         pixels = 3 * math.prod(patch)
         top = channels[-1]
 
-        layers: list[nn.Module] = [CausalConv3d(pixels, channels[0], encoder_kernels[0], bias=False)]
+        # named, so that a deeper network can begin with the weights of a shallower one
+        encoder = self.encoder = nn.Sequential()
+        encoder.add_module("first", CausalConv3d(pixels, channels[0], encoder_kernels[0], bias=False))
         width = channels[0]
         for level, (cout, count, kernel) in enumerate(zip(channels, encoder_blocks, encoder_kernels)):
-            for _ in range(count):
-                layers.append(ResBlock(width, cout, kernel, norm))
+            for block in range(count):
+                encoder.add_module(f"level{level}_block{block}", ResBlock(width, cout, kernel, norm))
                 width = cout
             if level < len(strides):
                 down = tuple(max(k, 2 if s > 1 else 1) if s > 1 else k for k, s in zip(kernel, strides[level]))
-                layers.append(CausalConv3d(width, width, down, strides[level]))
-        layers += [norm(top), nn.SiLU(), nn.Conv3d(top, quantizer.dim, 1)]
-        self.encoder = nn.Sequential(*layers)
+                encoder.add_module(f"level{level}_down", CausalConv3d(width, width, down, strides[level]))
+        encoder.add_module("norm", norm(top))
+        encoder.add_module("act", nn.SiLU())
+        encoder.add_module("last", nn.Conv3d(top, quantizer.dim, 1))
 
-        layers = [CausalConv3d(quantizer.dim, top, kernels[-1])]
+        decoder = self.decoder = nn.Sequential()
+        decoder.add_module("first", CausalConv3d(quantizer.dim, top, kernels[-1]))
         width = top
         for level in reversed(range(len(channels))):
-            for _ in range(blocks[level]):
-                layers.append(ResBlock(width, channels[level], kernels[level]))
+            for block in range(blocks[level]):
+                decoder.add_module(f"level{level}_block{block}", ResBlock(width, channels[level], kernels[level]))
                 width = channels[level]
             if level:
-                layers.append(Upsample(width, channels[level - 1], kernels[level - 1], strides[level - 1]))
+                up = Upsample(width, channels[level - 1], kernels[level - 1], strides[level - 1])
+                decoder.add_module(f"level{level}_up", up)
                 width = channels[level - 1]
-        layers += [FrameNorm(width), nn.SiLU(), CausalConv3d(width, pixels, kernels[0])]
-        self.decoder = nn.Sequential(*layers)
+        decoder.add_module("norm", FrameNorm(width))
+        decoder.add_module("act", nn.SiLU())
+        decoder.add_module("last", CausalConv3d(width, pixels, kernels[0]))
         self.to(memory_format=torch.channels_last_3d)
 
     @property
