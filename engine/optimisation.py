@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -114,17 +114,27 @@ class Optimisation:
         self.lr, self.muon, self.weight_decay, self.betas = lr, muon, weight_decay, tuple(betas)
         self.warmup, self.schedule, self.cooldown, self.floor = warmup, schedule, cooldown, floor
 
-    def configure(self, module: nn.Module, total_steps: int, inner: nn.Module | None = None) -> dict[str, Any]:
-        """Lightning's `configure_optimizers` answer; Muon takes the matrices found in `inner`."""
+    def configure(
+        self,
+        module: nn.Module,
+        total_steps: int,
+        inner: nn.Module | None = None,
+        apart: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """Lightning's `configure_optimizers` answer; Muon takes the matrices found in `inner`.
+
+        apart: parameter groups with settings of their own, such as a discriminator's; AdamW takes them.
+        """
         kinds = (nn.Linear, nn.Conv3d)
         inside = inner.modules() if self.muon and inner is not None else ()
         matrices = [m.weight for m in inside if isinstance(m, kinds) and m.weight.requires_grad]
-        chosen = {id(p) for p in matrices}
+        chosen = {id(p) for p in matrices} | {id(p) for group in apart for p in group["params"]}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.weight_decay, "momentum": 0.0},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "momentum": 0.0},
             {"params": matrices, "weight_decay": self.weight_decay, "momentum": 0.95},
+            *({"weight_decay": 0.0, "momentum": 0.0} | group for group in apart),
         ]
         optimizer = MuonAdamW([group for group in groups if group["params"]], self.lr, self.betas)
         factor = schedule_factor(self.schedule, self.warmup, total_steps, self.cooldown, self.floor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from reelm.data.module import Batch
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
+from reelm.tokenizers.discriminator import Adversary
 
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda error: error.square().mean(),
@@ -23,12 +24,14 @@ ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TokenizerTraining(L.LightningModule):
-    """Reconstruction, commitment and entropy terms (MAGVIT-v2, appendix A.2), and a perceptual term if one is given.
+    """Reconstruction, commitment and entropy terms (MAGVIT-v2, appendix A.2), and a perceptual term and an adversary
+    where they are given.
 
     Args:
         tokenizer: the model, such as `MAGVIT2`.
         optimisation: learning rate and schedule.
         perceptual: a module `(video, target) -> scalar` such as `reelm.tokenizers.perceptual.LPIPS`, or None.
+        adversary: a `reelm.tokenizers.discriminator.Adversary`, trained along, or None.
         reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
         reconstruction: "l2", "l1", or "psnr": the logarithm of each clip's L2, so that easy and hard clips count alike.
         frames: trains on a random part of each clip, of this many frames; None: on whole clips.
@@ -43,6 +46,7 @@ class TokenizerTraining(L.LightningModule):
         tokenizer: nn.Module,
         optimisation: Optimisation,
         perceptual: nn.Module | None = None,
+        adversary: Adversary | None = None,
         reconstruction_weight: float = 5.0,
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.1,
@@ -52,7 +56,8 @@ class TokenizerTraining(L.LightningModule):
         part: Literal["all", "decoder"] = "all",
     ) -> None:
         super().__init__()
-        self.tokenizer, self.perceptual, self.optimisation = tokenizer, perceptual, optimisation
+        self.tokenizer, self.perceptual, self.adversary = tokenizer, perceptual, adversary
+        self.optimisation = optimisation
         self.weights = {
             "reconstruction": reconstruction_weight,
             "commitment": commitment_weight,
@@ -73,10 +78,11 @@ class TokenizerTraining(L.LightningModule):
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Named, unweighted terms; the reconstruction; the ids."""
         reconstruction, ids, terms = self.tokenizer(video)
-        terms["reconstruction"] = ERRORS[self.reconstruction](reconstruction.float() - video)
+        reconstruction = reconstruction.float()
+        terms["reconstruction"] = ERRORS[self.reconstruction](reconstruction - video)
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(reconstruction.float(), video)
-        return terms, reconstruction.detach(), ids
+            terms["perceptual"] = self.perceptual(reconstruction, video)
+        return terms, reconstruction, ids
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         video, self.batch_keys = batch.clip.video, batch.clip.keys
@@ -85,9 +91,12 @@ class TokenizerTraining(L.LightningModule):
             video = video[:, :, start : start + self.frames]
         terms, reconstruction, ids = self.losses(video)
         loss = sum(self.weights[name] * value for name, value in terms.items())
+        if self.adversary is not None:
+            total, named = self.adversary(reconstruction, video)
+            loss, terms = loss + total, terms | named
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(video))
         self.log("train/loss", loss.detach(), batch_size=len(video))
-        self.log("train/psnr", psnr(reconstruction, video).mean(), prog_bar=True, batch_size=len(video))
+        self.log("train/psnr", psnr(reconstruction.detach(), video).mean(), prog_bar=True, batch_size=len(video))
         self.log("train/codes", float(ids.unique().numel()), prog_bar=True, batch_size=len(video))
         return loss
 
@@ -114,7 +123,23 @@ class TokenizerTraining(L.LightningModule):
         store.save(self.tokenizer, folder, notes={"step": step})
 
     def configure_optimizers(self) -> dict:
-        return self.optimisation.configure(self, self.trainer.max_steps, inner=self.tokenizer)
+        apart = []
+        if self.adversary is not None:  # betas: MAGVIT-v2, appendix A.2
+            apart = [{"params": list(self.adversary.parameters()), "lr": self.adversary.lr, "betas": (0.0, 0.99)}]
+        return self.optimisation.configure(self, self.trainer.max_steps, inner=self.tokenizer, apart=apart)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        """Each player's gradients by themselves, so that neither's norm scales the other's."""
+        if self.adversary is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for player in (self.tokenizer, self.adversary):
+            nn.utils.clip_grad_norm_(player.parameters(), gradient_clip_val)
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:

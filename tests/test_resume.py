@@ -25,6 +25,12 @@ SETTINGS = (
 )  # fmt: skip
 
 
+ADVERSARY = (
+    "adversary=magvit2", "adversary.discriminator.channels=[8,8]", "adversary.discriminator.strides=[[2,2,2]]",
+    "adversary.every=2",
+)  # fmt: skip
+
+
 class Watch(Callback):
     """Notes what each step trained on and which random number follows it; asks for the end as a cluster does."""
 
@@ -76,16 +82,17 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "stage, workers",
+    "stage, workers, more",
     [
-        ("tokenizer", 0),
-        pytest.param("tokenizer", 1, marks=pytest.mark.slow),
-        ("lm", 0),
-        pytest.param("lm", 1, marks=pytest.mark.slow),
+        ("tokenizer", 0, ()),
+        pytest.param("tokenizer", 1, (), marks=pytest.mark.slow),
+        ("tokenizer", 0, ADVERSARY),
+        ("lm", 0, ()),
+        pytest.param("lm", 1, (), marks=pytest.mark.slow),
     ],
 )
-def test_resume_is_exact(stage, workers, tokenizer, tmp_path):
-    overrides = [f"stage={stage}", f"data.workers={workers}"]
+def test_resume_is_exact(stage, workers, more, tokenizer, tmp_path):
+    overrides = [f"stage={stage}", f"data.workers={workers}", *more]
     if stage == "lm":
         overrides += [f"stage.tokenizer={tokenizer}", "task=mixture"]
     status, straight = train(tmp_path / "straight", *overrides)

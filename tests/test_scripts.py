@@ -60,6 +60,18 @@ def test_a_tokenizer_is_trained(tokenizer):
     assert "val/psnr" in (tokenizer / "logs/metrics.csv").read_text()
 
 
+ADVERSARY = ("adversary=magvit2", "adversary.discriminator.channels=[8,8]", "adversary.discriminator.strides=[[2,2,2]]")
+
+
+def test_a_tokenizer_is_trained_against_an_adversary(tmp_path):
+    assert (
+        program("train", "stage=tokenizer", f"output={tmp_path}", *ADVERSARY, "trainer.log_every_n_steps=1", *TINY) == 0
+    )
+    logged = (tmp_path / "logs/metrics.csv").read_text()
+    assert all(f"train/{name}" in logged for name in ("adversarial", "discriminator", "lecam", "r1"))
+    assert not any("discriminator" in name for name in store.load(tmp_path / "model").state_dict())
+
+
 def test_a_decoder_is_trained_on_for_the_same_tokens(tokenizer, tmp_path):
     only = ("stage.part=decoder", f"init={tokenizer}/model", f"output={tmp_path}")
     assert (
