@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from reelm.data.writing import write_contact_sheet
+from reelm.data.clip import Clip
+from reelm.data.writing import write_contact_sheet, write_video
 
 LAST = "last.ckpt"
 
@@ -120,7 +121,7 @@ class FiniteLoss(Callback):
 
 
 class Export(Callback):
-    """Writes the model as a folder, and samples of it as contact sheets, at each validation.
+    """Writes the model as a folder, and samples of it as contact sheets and clips, at each validation.
 
     Comes before weight averaging in the list of callbacks, so that what is written are the averaged weights.
     """
@@ -131,10 +132,14 @@ class Export(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             module.export(self.folder / "model", step=trainer.global_step)
-            sheet = module.sample_sheet()
-            if sheet is not None:
-                clips, labels = sheet
-                write_contact_sheet(self.folder / "samples" / f"{trainer.global_step:07d}.png", clips, labels=labels)
+            samples = module.samples()
+            if samples is not None:
+                clips, labels, fps = samples
+                name = self.folder / "samples" / f"{trainer.global_step:07d}"
+                write_contact_sheet(name.with_suffix(".png"), clips, labels=labels)
+                if clips.shape[2] > 1:
+                    beside = torch.cat(list(clips.float().clamp(-1, 1).cpu()), -1)
+                    write_video(name.with_suffix(".mp4"), Clip(beside[None], fps=fps))
                 for logger in trainer.loggers:
                     if isinstance(logger, TensorBoardLogger):
                         strip = torch.cat(list(clips[:, :, :: max(clips.shape[2] // 5, 1)].flatten(2, 3).cpu()), 2)

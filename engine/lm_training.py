@@ -124,8 +124,8 @@ class LMTraining(L.LightningModule):
         self.log("val/nll", metrics["nll"], prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"val/{batch.name}", metrics["nll"], batch_size=size, sync_dist=True)
 
-    def sample_sheet(self) -> tuple[Tensor, list[str]] | None:
-        """Four clips from validation prompts."""
+    def samples(self) -> tuple[Tensor, list[str], float] | None:
+        """Four clips from validation prompts, the prompts, and the frame rate."""
         source = self.trainer.datamodule.validation
         task = next((t for t in self.tasks.values() if t.frames != 1 and not t.controls), None)
         if task is None:
@@ -133,7 +133,7 @@ class LMTraining(L.LightningModule):
         clips = [source.get(i, frames=task.frames, controls=task.controls) for i in range(4)]
         given = task.split(clips[0].stack(clips))[0]
         sample = self.model.generate(given, task.name, self.sampling, seed=0)
-        return sample.video, list(sample.captions)
+        return sample.video, list(sample.captions), sample.fps
 
     def export(self, folder: Path, step: int) -> None:
         self.model.save_pretrained(folder, dtype="bfloat16", notes={"step": step})

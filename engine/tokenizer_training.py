@@ -106,6 +106,7 @@ class TokenizerTraining(L.LightningModule):
         self._seen.append(ids.flatten().cpu())
         self.log("val/psnr", psnr(reconstruction, video).mean(), prog_bar=True, batch_size=len(video), sync_dist=True)
         if index == 0:
+            self._rate = batch.clip.fps
             self._samples = torch.stack([video[:4], reconstruction[:4].float().clamp(-1, 1)], 1).flatten(0, 1)
 
     def on_validation_epoch_end(self) -> None:
@@ -115,9 +116,9 @@ class TokenizerTraining(L.LightningModule):
         self.log("val/codes_used", float((counts > 0).sum()), sync_dist=True)
         self.log("val/perplexity", float((-(share * share.log()).sum()).exp()), sync_dist=True)
 
-    def sample_sheet(self) -> tuple[Tensor, list[str]] | None:
-        """Clips and reconstructions in turn, with labels."""
-        return self._samples, ["clip", "reconstruction"] * (len(self._samples) // 2)
+    def samples(self) -> tuple[Tensor, list[str], float] | None:
+        """Clips and reconstructions in turn, with labels, and the frame rate."""
+        return self._samples, ["clip", "reconstruction"] * (len(self._samples) // 2), self._rate
 
     def export(self, folder: Path, step: int) -> None:
         store.save(self.tokenizer, folder, notes={"step": step})

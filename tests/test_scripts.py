@@ -56,7 +56,10 @@ def tokenizer(tmp_path_factory) -> Path:
 def test_a_tokenizer_is_trained(tokenizer):
     model = store.load(tokenizer / "model")
     assert model.encode(torch.zeros(1, 3, 5, 32, 32)).shape == (1, 2, 4, 4)
-    assert (tokenizer / "last.ckpt").is_file() and list((tokenizer / "samples").glob("*.png"))
+    assert (tokenizer / "last.ckpt").is_file() and {path.suffix for path in (tokenizer / "samples").iterdir()} == {
+        ".png",
+        ".mp4",
+    }
     assert "val/psnr" in (tokenizer / "logs/metrics.csv").read_text()
 
 
