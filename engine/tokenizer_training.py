@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +34,8 @@ class TokenizerTraining(L.LightningModule):
         perceptual: a module `(video, target) -> scalar` such as `reelm.tokenizers.perceptual.LPIPS`, or None.
         adversary: a `reelm.tokenizers.discriminator.Adversary`, trained along, or None.
         reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
+        entropy_boost, entropy_steps: the entropy terms begin with `1 + entropy_boost` times their weight, which falls
+            to the weight itself over these steps; the paper has 3 and 2,000.
         reconstruction: "l2", "l1", or "psnr": the logarithm of each clip's L2, so that easy and hard clips count alike.
         frames: trains on a random part of each clip, of this many frames; None: on whole clips.
         part: "decoder" keeps the encoder as it is: the tokens stay the same, and what was trained on them stays right.
@@ -51,6 +54,8 @@ class TokenizerTraining(L.LightningModule):
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.1,
         perceptual_weight: float = 0.1,
+        entropy_boost: float = 0.0,
+        entropy_steps: int = 2000,
         reconstruction: Literal["l2", "l1", "psnr"] = "l2",
         frames: int | None = None,
         part: Literal["all", "decoder"] = "all",
@@ -65,6 +70,7 @@ class TokenizerTraining(L.LightningModule):
             "batch_entropy": -entropy_weight,
             "perceptual": perceptual_weight,
         }
+        self.entropy_boost, self.entropy_steps = entropy_boost, entropy_steps
         if reconstruction not in ERRORS:
             raise ValueError(f"reconstruction is one of {', '.join(ERRORS)}; got {reconstruction}")
         if part not in ("all", "decoder"):
@@ -90,7 +96,10 @@ class TokenizerTraining(L.LightningModule):
             start = int(torch.randint(video.shape[2] - self.frames + 1, ()))
             video = video[:, :, start : start + self.frames]
         terms, reconstruction, ids = self.losses(video)
-        loss = sum(self.weights[name] * value for name, value in terms.items())
+        boost = 1 + self.entropy_boost * max(0.0, 1 - self.global_step / self.entropy_steps)
+        loss = sum(
+            self.weights[name] * value * (boost if name.endswith("_entropy") else 1) for name, value in terms.items()
+        )
         if self.adversary is not None:
             total, named = self.adversary(reconstruction, video)
             loss, terms = loss + total, terms | named
@@ -110,8 +119,14 @@ class TokenizerTraining(L.LightningModule):
             self._samples = torch.stack([video[:4], reconstruction[:4].float().clamp(-1, 1)], 1).flatten(0, 1)
 
     def on_validation_epoch_end(self) -> None:
-        counts = torch.bincount(torch.cat(self._seen), minlength=2).float()
+        ids = torch.cat(self._seen)
         self._seen.clear()
+        if idle := idle_bits(ids, self.tokenizer.vocabulary):
+            rank_zero_warn(
+                f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
+                "idle; raise entropy_weight or lower the learning rate"
+            )
+        counts = torch.bincount(ids, minlength=2).float()
         share = counts[counts > 0] / counts.sum()
         self.log("val/codes_used", float((counts > 0).sum()), sync_dist=True)
         self.log("val/perplexity", float((-(share * share.log()).sum()).exp()), sync_dist=True)
@@ -141,6 +156,12 @@ class TokenizerTraining(L.LightningModule):
             return
         for player in (self.tokenizer, self.adversary):
             nn.utils.clip_grad_norm_(player.parameters(), gradient_clip_val)
+
+
+def idle_bits(ids: Tensor, vocabulary: int, share: float = 0.01) -> list[int]:
+    """Bits of the ids, counted from the lowest, whose rarer value is in less than `share` of them."""
+    ones = [float((ids >> bit & 1).float().mean()) for bit in range((vocabulary - 1).bit_length())]
+    return [bit for bit, one in enumerate(ones) if min(one, 1 - one) < share]
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:

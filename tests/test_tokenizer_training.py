@@ -1,0 +1,88 @@
+"""The terms of the tokenizer's loss, and the alarm on idle codes."""
+
+import warnings
+
+import pytest
+import torch
+
+from reelm.data.clip import Clip
+from reelm.data.module import Batch
+from reelm.engine.optimisation import Optimisation
+from reelm.engine.tokenizer_training import TokenizerTraining, idle_bits
+from reelm.tokenizers.magvit2 import MAGVIT2
+from reelm.tokenizers.quantizers import LFQ
+
+
+def training(**options) -> TokenizerTraining:
+    torch.manual_seed(0)
+    tokenizer = MAGVIT2(
+        LFQ(6, 0.5), patch=(4, 4, 4), channels=(8, 8), strides=((1, 2, 2),), blocks=(1, 1),
+        kernels=((1, 3, 3), (3, 3, 3)),
+    )  # fmt: skip
+    return TokenizerTraining(tokenizer, Optimisation(), **options)
+
+
+def loss_of(module: TokenizerTraining, video: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no trainer to log to
+        return module.training_step(Batch("clip", Clip(video)), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("l2", lambda error: error.square().mean()),
+        ("l1", lambda error: error.abs().mean()),
+        ("psnr", lambda error: sum(e.square().mean().log() for e in error) / len(error)),
+    ],
+)
+def test_the_loss_is_the_weighted_sum_of_its_terms(kind, value):
+    module = training(reconstruction=kind, commitment_weight=0.3, entropy_weight=0.2, reconstruction_weight=2.0)
+    video = torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    terms, reconstruction, _ = module.losses(video)
+    torch.testing.assert_close(terms["reconstruction"], value(reconstruction - video))
+    want = 2 * terms["reconstruction"] + 0.3 * terms["commitment"]
+    want = want + 0.2 * (terms["sample_entropy"] - terms["batch_entropy"])
+    torch.testing.assert_close(loss_of(module, video), want)
+
+
+def test_entropy_terms_begin_with_a_boost_that_ends(monkeypatch):
+    video = torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    plain = training(entropy_weight=0.1)
+    terms, *_ = plain.losses(video)
+    entropy, base = (terms["sample_entropy"] - terms["batch_entropy"]).item(), loss_of(plain, video).item()
+    boosted = training(entropy_weight=0.1, entropy_boost=3.0, entropy_steps=100)
+    for step, factor in ((0, 3.0), (50, 1.5), (100, 0.0), (900, 0.0)):
+        monkeypatch.setattr(TokenizerTraining, "global_step", step)
+        assert loss_of(boosted, video).item() == pytest.approx(base + 0.1 * factor * entropy, rel=1e-4)
+
+
+def test_only_the_decoder_learns_where_that_is_asked():
+    module = training(part="decoder")
+    loss_of(module, torch.rand(1, 3, 5, 32, 32)).backward()
+    assert all(p.grad is None for p in module.tokenizer.encoder.parameters())
+    assert all(p.grad is not None for p in module.tokenizer.decoder.parameters())
+
+
+def test_idle_bits_are_found():
+    ids = torch.randint(64, (5000,))
+    assert idle_bits(ids, 64) == []
+    assert idle_bits(ids & 0b101101, 64) == [1, 4]
+    assert idle_bits(ids | 0b100000, 64) == [5]
+    assert idle_bits(torch.zeros(9, dtype=torch.long), 8) == [0, 1, 2]
+
+
+def test_constant_clips_raise_the_alarm():
+    module = training()
+    module._seen = [torch.full((500,), 3)]
+    with pytest.warns(UserWarning, match=r"bits \[0, 1, 2, 3, 4, 5\] of the codes .* raise entropy_weight"):
+        module.on_validation_epoch_end()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"reconstruction": "l3"}, "l2, l1, psnr; got l3"), ({"part": "encoder"}, "all or decoder; got encoder")],
+)
+def test_unknown_choices_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        training(**options)
