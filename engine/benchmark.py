@@ -35,6 +35,7 @@ from reelm.lm.sampling import Sampling, generate, seeded
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
 from reelm.tasks.task import Given
+from reelm.tokenizers.tokens import Tokens
 
 SUITES = ("zoetrope", "decode")
 PROMPT = "a red star moves left while a blue circle bounces"
@@ -185,16 +186,19 @@ def training_arm(model: VideoLM, video: Tensor, captions: tuple[str, ...]) -> Ar
 
 def decode_arm(model: VideoLM, tokens: int) -> Arm:
     """One clip, token by token, with guidance: both halves of the batch read the weights together."""
-    sequence, unprompted, where = model.prepare(Given(model.shape, (PROMPT,), fps=model.fps), "t2v")
-    where, lm = where[:tokens], model.lm
+    given, lm = Given(model.shape, (PROMPT,), fps=model.fps), model.lm
+    sequence = model.packer.pack(given, model.task("t2v").marker)
+    unprompted = model.packer.without_prompt(sequence)
+    where = Tokens.positions(model.packer.grid(given))[:tokens]
     sampling = Sampling(top_p=0.95, guidance=2.0)
 
     def decode() -> None:
         generate(lm.transformer, lm.head, sequence, where, sampling, unprompted, seeded([0]))
 
     tables = {id(m.weight) for m in lm.modules() if isinstance(m, nn.Embedding)}  # of which a few rows are read
-    scores = lm.head.size * lm.head.width  # except those that score the visual ids
-    weights = sum(p.nbytes for p in lm.parameters() if id(p) not in tables) + 4 * scores
+    weights = sum(p.nbytes for p in lm.parameters() if id(p) not in tables)
+    if lm.head.tied:  # the tables score the visual ids too, and for that they are read as wholes
+        weights += 4 * lm.head.size_of_logits * lm.head.width
     return Arm(decode, len(where), "tokens/s", float(weights * len(where)), "stream")
 
 

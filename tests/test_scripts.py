@@ -189,7 +189,6 @@ def test_two_processes_train_together(tmp_path):
     assert store.load(tmp_path / "model").vocabulary == 4096
 
 
-@pytest.mark.slow
 def test_the_benchmark_runs_without_a_trained_model(tmp_path):
     output = tmp_path / "b.json"
     assert program("benchmark", "quick=true", "model=null", "tokenizer=tiny", "lm=tiny", f"output={output}") == 0
