@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
+from torch.optim.swa_utils import AveragedModel
 
 from reelm.engine import fit
-from reelm.engine.callbacks import LAST
+from reelm.engine.callbacks import LAST, moving_average
 
 STEPS = 6
 SETTINGS = (
@@ -139,3 +140,17 @@ def test_a_cut_off_or_other_models_checkpoint_is_refused(tokenizer, tmp_path):
 def test_resume_needs_something_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="resume=true but there is no"):
         train(tmp_path, "stage=tokenizer", resume=True)
+
+
+def test_averages_forget_the_beginning_and_keep_what_does_not_move():
+    net = torch.nn.Linear(4, 4)
+    average = AveragedModel(net, multi_avg_fn=moving_average(0.99))
+    fixed = net.bias.detach().clone()
+    for step in range(2000):
+        with torch.no_grad():
+            net.weight.fill_(min(step, 50))
+        average.update_parameters(net)
+        if step == 100:
+            assert average.module.weight.min() > 49  # with a decay of 0.99 from the first step on it would be at 27
+    assert torch.equal(average.module.bias, fixed)
+    assert average.module.weight.min() > 49.99
