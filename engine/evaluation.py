@@ -129,7 +129,7 @@ def evaluate(
     """The suite: every task on every split, with full captions. `sheets`: folder of the contact sheets."""
     results: dict[str, Any] = {}
     for split in splits:
-        world = Zoetrope(split, size=model.shape[1:], frames=model.shape[0], fps=model.fps, captions="full")
+        world = Zoetrope(split, size=model.shape[1:], frames=model.shape[0], fps=model.fps, short_captions=0)
         results[split] = {}
         for name in tasks or list(model.tasks):
             sheet = None if sheets is None else sheets / f"{name}_{split}.png"

@@ -11,8 +11,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from reelm.engine import store
 from reelm.engine.callbacks import EMA, LAST, Checkpoint, Export, FiniteLoss, Progress
 
 SIGTERM_STATUS = 143
@@ -50,6 +50,10 @@ def callbacks(output: Path, ema: float, save_minutes: float, save_steps: int | N
 
 
 def loggers(output: Path) -> list[Any]:
+    """Losses as CSV and for TensorBoard. What an interrupted run has written stays, beside that of its continuation."""
+    earlier = output / "logs" / "metrics.csv"
+    if rank_zero_only.rank == 0 and earlier.is_file():  # the logger would delete it
+        earlier.rename(earlier.with_name(f"metrics_{len(list(earlier.parent.iterdir()))}.csv"))
     return [CSVLogger(output, name="logs", version=""), TensorBoardLogger(output, name="tensorboard", version="")]
 
 
@@ -63,13 +67,6 @@ def check_checkpoint(path: Path) -> None:
     missing = [name for name in parts if not isinstance(content, dict) or name not in content]
     if missing:
         raise ValueError(f"{path} is no checkpoint of this program: it has no {missing[0]}; delete it to start anew")
-
-
-def start_from(module: L.LightningModule, folder: str | Path) -> None:
-    """Begins with the weights of an exported model, which may be smaller; optimiser and data start anew."""
-    part = module.start_from_part
-    name = part if (Path(folder) / part).is_dir() else "."
-    store.grow(getattr(module, part), Path(folder) / name / "model.safetensors")
 
 
 def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:

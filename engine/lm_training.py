@@ -45,7 +45,6 @@ class LMTraining(L.LightningModule):
     """
 
     metric = "val/nll"  # what a sweep optimises
-    start_from_part = "lm"  # what `init=` gives weights to
 
     def __init__(
         self,
@@ -74,6 +73,24 @@ class LMTraining(L.LightningModule):
             )
         self.model: VideoLM | None = None
         self.tokenizer_hash = store.fingerprint(self.video_tokenizer[0])
+
+    def start_from(self, folder: str | Path) -> None:
+        """Begins with the weights and the text model of an exported model, which may be smaller than this one."""
+        store.grow(self.lm, folder, "lm")
+        text = Path(folder) / "text.model"
+        if isinstance(self.text, int) and text.is_file():
+            self._read_with(SentencePieceText(text))
+
+    def _read_with(self, text: SentencePieceText) -> None:
+        """Takes the text model that the weights were trained with: another one numbers its word pieces differently."""
+        if text.vocabulary > self.lm.head.vocabulary.text:
+            raise ValueError(
+                f"the text model of the weights to go on from has {text.vocabulary} word pieces; "
+                f"set stage.text to that or more, it is {self.lm.head.vocabulary.text}"
+            )
+        self.text = text
+        if self.model is not None:
+            self.model.text = self.model.packer.text = text
 
     def setup(self, stage: str) -> None:
         data: ClipData = self.trainer.datamodule
@@ -132,7 +149,8 @@ class LMTraining(L.LightningModule):
             task = next(iter(self.tasks.values()))
         clips = [source.get(i, frames=task.frames, controls=task.controls) for i in range(4)]
         given = task.split(clips[0].stack(clips))[0]
-        sample = self.model.generate(given, task.name, self.sampling, seed=0)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for each layer's cache
+            sample = self.model.generate(given, task.name, self.sampling, seed=0)
         return sample.video, list(sample.captions), sample.fps
 
     def export(self, folder: Path, step: int) -> None:
@@ -140,6 +158,8 @@ class LMTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer_hash"] = self.tokenizer_hash
+        if isinstance(self.model.text, SentencePieceText):
+            checkpoint["text_model"] = torch.frombuffer(bytearray(self.model.text.model), dtype=torch.uint8)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("tokenizer_hash") != self.tokenizer_hash:
@@ -148,6 +168,8 @@ class LMTraining(L.LightningModule):
                 f"this one is {self.tokenizer_hash}); give the same stage.tokenizer=..., "
                 "or start anew with resume=false"
             )
+        if isinstance(self.text, int):
+            self._read_with(SentencePieceText(checkpoint["text_model"].numpy().tobytes()))
 
     def configure_optimizers(self) -> dict:
         return self.optimisation.configure(self, self.trainer.max_steps, inner=self.lm.transformer)

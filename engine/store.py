@@ -130,14 +130,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def grow(model: nn.Module, path: Path) -> None:
-    """Begins a model with the weights of a smaller one.
+def grow(model: nn.Module, folder: str | Path, part: str) -> None:
+    """Begins a model with the weights of a smaller one: those in `folder`, or in its sub-folder `part` if it has one.
 
     A larger tensor has the stored one in its first entries; what new inputs contribute is 0, and blocks that the
     smaller model lacks begin as the identity where they can, so that a deeper model computes what the smaller one did.
 
     Raises ValueError where the stored model is no smaller one.
     """
+    path = Path(folder) / part / "model.safetensors"
+    if not path.parent.is_dir():
+        path = Path(folder) / "model.safetensors"
     weights, own = read_weights(path), model.state_dict()
     for name, weight in weights.items():
         target = own.get(name)

@@ -42,7 +42,6 @@ class TokenizerTraining(L.LightningModule):
     """
 
     metric = "val/psnr"  # what a sweep optimises
-    start_from_part = "tokenizer"  # what `init=` gives weights to
 
     def __init__(
         self,
@@ -80,6 +79,10 @@ class TokenizerTraining(L.LightningModule):
             tokenizer.requires_grad_(False)
             tokenizer.decoder.requires_grad_(True)
         self._seen: list[Tensor] = []
+
+    def start_from(self, folder: str | Path) -> None:
+        """Begins with the weights of an exported model, which may be smaller than this one."""
+        store.grow(self.tokenizer, folder, "tokenizer")
 
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Named, unweighted terms; the reconstruction; the ids."""

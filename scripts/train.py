@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> float | None:
     output = output_of(cfg)
     data, module = instantiate(cfg.data), instantiate(cfg.stage)
     if cfg.init and not cfg.resume:
-        fit.start_from(module, cfg.init)
+        module.start_from(cfg.init)
     if cfg.trainer.precision == "auto":
         cfg.trainer.precision = fit.best_precision()
     trainer = instantiate(

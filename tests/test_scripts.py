@@ -11,7 +11,9 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
+from reelm.engine.lm_training import train_text
 from reelm.engine.video_lm import VideoLM
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,19 @@ def test_a_language_model_is_trained_on_the_mixture(tokenizer, tmp_path):
     model = VideoLM.from_pretrained(tmp_path / "model")
     assert {"t2v", "t2i", "i2v", "stylization"} <= set(model.tasks)
     assert "val/nll" in (tmp_path / "logs/metrics.csv").read_text()
+
+
+def test_weights_keep_the_text_model_they_were_trained_with(tokenizer, tmp_path):
+    common = (*LM, "task=t2v", f"stage.tokenizer={tokenizer}/model", *TINY)
+    assert program("train", *common, f"output={tmp_path}/first") == 0
+    text = (tmp_path / "first/model/text.model").read_bytes()
+    assert train_text(Zoetrope(short_captions=1), 400).model != text  # what other captions would make of it
+    common += ("data.train.short_captions=1",)
+    assert program("train", *common, f"output={tmp_path}/first", "resume=true", "trainer.max_steps=4") == 0
+    assert (tmp_path / "first/model/text.model").read_bytes() == text
+    assert len(list((tmp_path / "first/logs").glob("metrics*.csv"))) == 2
+    assert program("train", *common, f"output={tmp_path}/second", f"init={tmp_path}/first/model") == 0
+    assert (tmp_path / "second/model/text.model").read_bytes() == text
 
 
 def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):

@@ -173,7 +173,7 @@ def test_a_deeper_decoder_begins_as_the_shallower_one(tmp_path):
     small, large = grown(FSQ((4, 4)), 1), grown(FSQ((4, 4)), 3)
     ids = torch.randint(small.vocabulary, (2, 2, 4, 4))
     store.save(small, tmp_path)
-    store.grow(large, tmp_path / "model.safetensors")
+    store.grow(large, tmp_path, "lm")
     assert torch.equal(large.decode(ids), small.decode(ids))
     large.decoder.level1_block2.conv2.weight.requires_grad_().data.add_(0.1)
     assert not torch.equal(large.decode(ids), small.decode(ids))
@@ -183,7 +183,7 @@ def test_a_deeper_decoder_begins_as_the_shallower_one(tmp_path):
 def test_a_larger_codebook_begins_with_what_the_smaller_one_learned(tmp_path):
     small, large = grown(FSQ((4, 4)), 1), grown(FSQ((4, 4, 4)), 1)
     store.save(small, tmp_path)
-    store.grow(large, tmp_path / "model.safetensors")
+    store.grow(large, tmp_path, "lm")
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     assert torch.equal(large.encode_latents(video)[:, :2], small.encode_latents(video))
     latents = torch.rand(1, 3, 2, 4, 4)
@@ -194,9 +194,9 @@ def test_a_larger_codebook_begins_with_what_the_smaller_one_learned(tmp_path):
 def test_growth_asks_for_a_smaller_model_of_the_same_kind(tmp_path):
     store.save(grown(FSQ((4, 4)), 2), tmp_path)
     with pytest.raises(ValueError, match="another model: decoder.level1_block1.* which this one has not"):
-        store.grow(grown(FSQ((4, 4)), 1), tmp_path / "model.safetensors")
+        store.grow(grown(FSQ((4, 4)), 1), tmp_path, "lm")
     with pytest.raises(ValueError, match=r"another model: decoder.first.weight is .*, .* here"):
-        store.grow(grown(FSQ((4,)), 2), tmp_path / "model.safetensors")
+        store.grow(grown(FSQ((4,)), 2), tmp_path, "lm")
 
 
 def test_an_unknown_precision_writes_nothing(tmp_path):

@@ -236,7 +236,7 @@ def test_the_dataset_gives_clips():
 
 
 def test_one_frame_of_the_dataset_is_an_image():
-    data = Zoetrope(size=32, captions="full", controls=("camera", "mask"))
+    data = Zoetrope(size=32, short_captions=0, controls=("camera", "mask"))
     image = data.get(2, frames=1)
     assert image.video.shape == (1, 3, 1, 32, 32) and image.captions == (data.caption(2, 1),)
     assert parse(image.captions[0]).objects == Attributes.of(data.scene(2, 1), image=True).objects
@@ -247,7 +247,7 @@ def test_one_frame_of_the_dataset_is_an_image():
 def test_mistakes_are_told_in_one_line():
     for mistake, words in (
         (lambda: Zoetrope("test"), "unknown split 'test'"),
-        (lambda: Zoetrope(captions="long"), "unknown kind of captions 'long'"),
+        (lambda: Zoetrope(short_captions=2), "short_captions is a share between 0 and 1; got 2"),
         (lambda: Zoetrope(controls=("edges",)), "no control 'edges'"),
         (lambda: sample_scene(0, "test", 0), "unknown split 'test'"),
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ CONTROLS = {"depth": "depth", "flow": "flow", "camera": "camera", "mask": "masks
 class Zoetrope(Dataset[Clip]):
     """Clips of one split, each a pure function of `(seed, split, index)`.
 
-    size: pixels, one number or (height, width). captions: "full", "short", or "mixed" (either, drawn by index).
-    controls: which truths every clip carries, of "depth", "flow", "camera" and "mask" (all objects together). audio:
-    carry the scene's stereo sound, `frames / fps` seconds at 16 kHz (an image has none).
+    size: pixels, one number or (height, width). short_captions: share of captions that tell only colours, shapes and
+    motions. moving_camera: share of the scenes with a textured background in which the camera moves. controls: which
+    truths every clip carries, of "depth", "flow", "camera" and "mask" (all objects together). audio: carry the scene's
+    stereo sound, `frames / fps` seconds at 16 kHz (an image has none).
     """
 
     def __init__(
@@ -37,20 +37,23 @@ class Zoetrope(Dataset[Clip]):
         fps: float = 8.0,
         seed: int = 0,
         length: int = 1_000_000,
-        captions: Literal["mixed", "full", "short"] = "mixed",
+        short_captions: float = 0.5,
+        moving_camera: float = 0.45,
         controls: Sequence[str] = (),
         audio: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-        if captions not in ("mixed", "full", "short"):
-            raise ValueError(f"unknown kind of captions {captions!r}: choose mixed, full or short")
+        for name, share in (("short_captions", short_captions), ("moving_camera", moving_camera)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1; got {share}")
         unknown = [name for name in controls if name not in CONTROLS]
         if unknown:
             raise ValueError(f"Zoetrope has no control {unknown[0]!r}: choose from {', '.join(CONTROLS)}")
         self.split, self.frames, self.fps = split, frames, fps
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self.seed, self.length, self.captions = seed, length, captions
+        self.seed, self.length = seed, length
+        self.short_captions, self.moving_camera = short_captions, moving_camera
         self.controls, self.audio = tuple(controls), audio
 
     def __len__(self) -> int:
@@ -62,9 +65,11 @@ class Zoetrope(Dataset[Clip]):
     def scene(self, index: int, frames: int | None = None) -> Scene:
         """The scene of a clip; one frame gives a still scene."""
         frames = frames or self.frames
+        number = self._checked(index)
         if frames == 1:
-            return sample_scene(self.seed, self.split, self._checked(index), still=True)
-        return sample_scene(self.seed, self.split, self._checked(index), seconds=frames / self.fps)
+            return sample_scene(self.seed, self.split, number, still=True)
+        moving = self.moving_camera
+        return sample_scene(self.seed, self.split, number, seconds=frames / self.fps, moving_camera=moving)
 
     def caption(self, index: int, frames: int | None = None) -> str:
         """The caption of a clip, without drawing it."""
@@ -115,7 +120,7 @@ class Zoetrope(Dataset[Clip]):
     def _caption(self, scene: Scene, index: int, frames: int) -> str:
         sequence = np.random.SeedSequence(self.seed, spawn_key=(SPLITS.index(self.split), index, 2))
         rng = np.random.Generator(np.random.PCG64(sequence))
-        full = rng.random() < 0.5 if self.captions == "mixed" else self.captions == "full"
+        full = rng.random() < 1 - self.short_captions
         return caption(scene, rng, full, image=frames == 1)
 
 

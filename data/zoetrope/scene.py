@@ -187,10 +187,13 @@ def bounce_times(thing: Object, seconds: float) -> list[float]:
     return [(first + i) / thing.rate for i in range(max(count, 0))]
 
 
-def sample_scene(seed: int, split: str, index: int, *, still: bool = False, seconds: float = 2.125) -> Scene:
+def sample_scene(
+    seed: int, split: str, index: int, *, still: bool = False, seconds: float = 2.125, moving_camera: float = 0.45
+) -> Scene:
     """The scene numbered `index` of a split: the same arguments give the same scene on every machine.
 
     still: for images; every object is still and so is the camera. seconds: the time the motions are planned for.
+    moving_camera: share of the scenes with a textured background in which the camera moves.
     Scenes of "train" and "validation" contain no triple of `HELD_OUT`, those of "compositional" at least one.
     """
     if split not in SPLITS:
@@ -201,7 +204,7 @@ def sample_scene(seed: int, split: str, index: int, *, still: bool = False, seco
     count = 1 if count_draw < 0.45 else 2 if count_draw < 0.75 else 3
     background = BACKGROUNDS[int(background_draw * len(BACKGROUNDS))]
     camera = "static"
-    if background in TEXTURED and not still and camera_draw < 0.45:
+    if background in TEXTURED and not still and camera_draw < moving_camera:
         camera = CAMERAS[1 + int(way_draw * (len(CAMERAS) - 1))]
     motions = ("still",) if still else MOTIONS if camera == "static" else MOVING_CAMERA_MOTIONS
 
