@@ -64,9 +64,9 @@ class Videos(Dataset[Clip], ABC):
         held_out: the share of videos that validation gets, or their names (whole, last part or without suffix).
         clips_per_video: how many clips are cut from each, so that few videos still make an epoch. Item i is part
             `i % clips_per_video` of video `i // clips_per_video`.
-        random: what is drawn, from (seed, index) alone: the "start" within the item's part of the video (else parts are
-            spread evenly from the first frame on), the "crop" (else the centre), a horizontal "flip" (for captions that
-            never say left or right; stereo sound is swapped too).
+        random: what is drawn, from (seed, index, draw) alone and so anew in each pass over the data: the "start"
+            within the item's part of the video (else parts are spread evenly from the first frame on), the "crop" (else
+            the centre), a horizontal "flip" (for captions that never say left or right; stereo sound is swapped too).
         controls: made for every clip, of "flow" and "depth" (`reelm.data.controls`).
         audio: also read the sound, stereo at 16 kHz; without a track, silence. A clip of one frame has none.
         seed: of what is drawn.
@@ -145,7 +145,7 @@ class Videos(Dataset[Clip], ABC):
         """The caption of a clip, without decoding it."""
         return self._text(self._place(index)[0])
 
-    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None) -> Clip:
+    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
         """A clip, or its replacement where its video cannot be read; VideoError when nothing can."""
         frames = frames or self.frames
         first, part = divmod(index, self.clips_per_video)
@@ -156,7 +156,7 @@ class Videos(Dataset[Clip], ABC):
             if (candidate, frames) in self._bad:
                 continue
             try:
-                return self.read(candidate, frames, controls)
+                return self.read(candidate, frames, controls, draw)
             except VideoError as error:
                 self._remember(candidate, frames, str(error))
         some = next(iter(self.failures.values()))
@@ -176,11 +176,11 @@ class Videos(Dataset[Clip], ABC):
         video, part = divmod(index, self.clips_per_video)
         return self.videos[video], part
 
-    def read(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None) -> Clip:
+    def read(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
         """Exactly the clip `index`; VideoError where it cannot be read."""
         frames = frames or self.frames
         number, part = self._place(index)
-        rng = np.random.default_rng((self.seed, index))
+        rng = np.random.default_rng((self.seed, index, draw))
         shift, *crop_at, flip = rng.random(4).tolist()
         with self._source(number) as source, VideoReader(source) as reader:
             start = self._start(reader, frames, part, shift)

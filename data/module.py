@@ -19,8 +19,11 @@ class ClipSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None) -> Clip:
-        """One clip; `frames` and `controls` override what the dataset was built with."""
+    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
+        """One clip; `frames` and `controls` override what the dataset was built with.
+
+        draw: number of the pass over the data. A source that leaves part of a clip to chance draws anew in each.
+        """
 
     def caption(self, index: int, frames: int | None = None) -> str:
         """The caption that `get` would return, without decoding or rendering."""
@@ -52,6 +55,7 @@ class Request:
 
     index: int
     group: Group
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Requested(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[str, Clip]:
         group = request.group
-        return group.name, self.source.get(request.index, frames=group.frames, controls=group.controls)
+        clip = self.source.get(request.index, frames=group.frames, controls=group.controls, draw=request.draw)
+        return group.name, clip
 
 
 def collate(samples: list[tuple[str, Clip]]) -> Batch:
@@ -85,7 +90,8 @@ class GroupedBatches:
 
     A window of `WINDOW` batches is drawn at a time from one group, sorted by caption length and dealt out in random
     order, so that text padding stays small without any state beyond the step. Passes over the data are permutations:
-    no clip comes twice in a pass, and where all groups have the same batch size every clip comes once.
+    no clip comes twice in a pass, and where all groups have the same batch size every clip comes once. Each pass is
+    another draw of what the source leaves to chance.
     """
 
     WINDOW = 4
@@ -113,12 +119,13 @@ class GroupedBatches:
     def __iter__(self) -> _Position:
         return _Position(self)
 
-    def _shuffled(self, position: int) -> int:
+    def _shuffled(self, position: int) -> tuple[int, int]:
+        """The index at a position, and the pass it is of."""
         epoch, offset = divmod(position, len(self.source))
         if self._permutation is None or self._permutation[0] != epoch:
             order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
             self._permutation = (epoch, order)
-        return int(self._permutation[1][offset])
+        return int(self._permutation[1][offset]), epoch
 
     def window(self, number: int) -> list[list[Request]]:
         """The batches of steps `number * WINDOW` and following, for this rank."""
@@ -129,11 +136,11 @@ class GroupedBatches:
         size = max(1, round(self.batch_size * group.batch)) * self.ranks
         most = max(round(self.batch_size * max(g.batch for g in self.groups)), 1) * self.ranks
         first = number * self.WINDOW * most  # positions are spaced by the largest window, so none comes twice
-        indices = [self._shuffled(first + i) for i in range(self.WINDOW * size)]
-        indices.sort(key=lambda i: self.length(self.source.caption(i, group.frames)))
+        clips = [self._shuffled(first + i) for i in range(self.WINDOW * size)]
+        clips.sort(key=lambda clip: self.length(self.source.caption(clip[0], group.frames)))
         order = rng.permutation(self.WINDOW)
-        batches = [indices[k * size : (k + 1) * size] for k in order]
-        return [[Request(index, group) for index in batch[self.rank :: self.ranks]] for batch in batches]
+        batches = [clips[k * size : (k + 1) * size] for k in order]
+        return [[Request(index, group, draw) for index, draw in batch[self.rank :: self.ranks]] for batch in batches]
 
 
 class _Position(Iterator):

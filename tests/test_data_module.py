@@ -21,7 +21,7 @@ class Numbers(Dataset):
     def caption(self, index: int, frames: int | None = None) -> str:
         return " ".join(["word"] * (1 + index * 7919 % 40))
 
-    def get(self, index: int, frames: int | None = None, controls=None) -> Clip:
+    def get(self, index: int, frames: int | None = None, controls=None, draw: int = 0) -> Clip:
         video = torch.full((1, 3, frames or 5, 2, 2), index / self.length)
         made = {name: video[:, :1] for name in controls or ()}
         return Clip(video, captions=(self.caption(index, frames),), keys=(str(index),), controls=made)
@@ -80,6 +80,11 @@ def test_no_clip_comes_twice_before_each_came_once(length):
             passes, rest = divmod(number * 4, length)
             assert all(passes <= seen[i] <= passes + 1 for i in range(length))
             assert sum(seen[i] > passes for i in range(length)) == rest
+
+
+def test_each_pass_is_another_draw():
+    seen = Counter((r.index, r.draw) for batch in GroupedBatches(Numbers(7), (Group("a"),), 4, 28) for r in batch)
+    assert seen == Counter((index, draw) for index in range(7) for draw in range(16))
 
 
 def test_groups_of_other_sizes_repeat_nothing_within_a_pass():

@@ -69,13 +69,17 @@ def test_parts_of_a_video_follow_each_other(folder):
     assert videos[3].video[0, 0, -1, 4, 4] == pytest.approx(last, abs=0.04)
 
 
-def test_what_is_drawn_depends_on_seed_and_index_alone(folder):
+def test_what_is_drawn_depends_on_seed_index_and_draw_alone(folder):
     options = dict(frames=5, size=(16, 16), clips_per_video=3, random=("start", "crop", "flip"))
     first, again = VideoFolder(folder, seed=1, **options), VideoFolder(folder, seed=1, **options)
     later = again[7]
     assert torch.equal(first[7].video, later.video) and torch.equal(first[3].video, again[3].video)
     other = VideoFolder(folder, seed=2, **options)
     assert any(not torch.equal(first[i].video, other[i].video) for i in range(4))
+    assert torch.equal(first.get(7, draw=3).video, again.get(7, draw=3).video)
+    assert any(not torch.equal(first[i].video, first.get(i, draw=1).video) for i in range(4))
+    still = VideoFolder(folder, frames=5, size=16, random=())
+    assert torch.equal(still[0].video, still.get(0, draw=1).video)
 
 
 def test_flipping_swaps_left_and_right(tmp_path):

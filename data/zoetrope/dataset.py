@@ -75,8 +75,11 @@ class Zoetrope(Dataset[Clip]):
         """The caption of a clip, without drawing it."""
         return self._caption(self.scene(index, frames), index, frames or self.frames)
 
-    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None) -> Clip:
-        """A batch of one clip with `frames` frames (1 is an image) and these controls; default: the dataset's own."""
+    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
+        """A batch of one clip with `frames` frames (1 is an image) and these controls; default: the dataset's own.
+
+        draw: of no effect; a scene is the same in each pass over the data.
+        """
         frames = frames or self.frames
         scene = self.scene(index, frames)
         pixels = render(scene, frames, self.size, self.fps)
