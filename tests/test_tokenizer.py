@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reelm.tokenizers.magvit2 import MAGVIT2, HaarPatch, haar_basis
+from reelm.tokenizers.magvit2 import MAGVIT2, AdaptiveNorm, FrameNorm, HaarPatch, haar_basis
 from reelm.tokenizers.quantizers import FSQ, LFQ
 from reelm.tokenizers.tokens import Tokens
 
@@ -16,12 +16,20 @@ VARIANTS = {
     "patch and stride": {
         "patch": (2, 2, 2), "channels": (8, 16), "strides": ((2, 2, 2),), "blocks": (1, 1), "kernels": ((3, 3, 3),) * 2,
     },
+    "adaptive norm": {
+        "patch": (2, 1, 1), "channels": (8, 8, 16), "strides": ((1, 2, 2), (2, 2, 2)), "blocks": (1, 1, 1),
+        "kernels": ((3, 3, 3),) * 3, "adaptive": True,
+    },
 }  # fmt: skip
 
 
 def make(variant: str = "patch", bits: int = 8) -> MAGVIT2:
     torch.manual_seed(1)
-    return MAGVIT2(LFQ(bits), **VARIANTS[variant])
+    model = MAGVIT2(LFQ(bits), **VARIANTS[variant])
+    for part in model.modules():
+        if isinstance(part, AdaptiveNorm):  # which begins as a plain one
+            torch.nn.init.normal_(part.style.weight, std=0.3)
+    return model
 
 
 def noise(frames: int, size: int = 16, batch: int = 2) -> torch.Tensor:
@@ -59,6 +67,19 @@ def test_a_later_frame_never_changes_earlier_tokens_or_pixels(tokenizer):
         pixels, changed = (tokenizer.decode_latents(z) for z in (latents, other))
     assert torch.equal(pixels[:, :, : 1 + step], changed[:, :, : 1 + step])
     assert not torch.equal(pixels[:, :, 1 + step :], changed[:, :, 1 + step :])
+
+
+def test_an_adaptive_norm_is_told_by_the_latents_of_its_place():
+    norm = AdaptiveNorm(8, 4, (2, 2, 2))
+    x, latents = torch.randn(1, 8, 3, 4, 4), torch.randn(1, 4, 2, 2, 2)
+    assert torch.equal(norm(x, latents), FrameNorm(8)(x))  # it begins as a plain norm
+    torch.nn.init.normal_(norm.style.weight)
+    other = latents.clone()
+    other[:, :, 1, 0, 1] += 1
+    changed = (norm(x, latents) != norm(x, other)).any(1)[0]
+    expected = torch.zeros(3, 4, 4, dtype=torch.bool)
+    expected[1:, :2, 2:] = True  # frames 1 and 2 are of latent frame 1
+    assert torch.equal(changed, expected)
 
 
 def test_samples_of_a_batch_do_not_meet(tokenizer):

@@ -4,6 +4,9 @@ Frame 0 depends on itself alone, latent frame k on pixel frames 0 .. k * tempora
 image is a clip of one frame and the tokens of a prefix are the prefix of the tokens. Unlike public reproductions no
 normalisation looks at another frame. An optional Haar patch transform in front (as in Cosmos) makes the network
 several times cheaper; `patch=(1, 1, 1)` is the paper's.
+
+A stream is a clip given in pieces, the first of `1 + t * k` frames and the others of `t * k` (`streaming.py` cuts
+them). What the causal parts have to remember between two pieces is a `Past`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Triple = tuple[int, int, int]
+Past = dict[nn.Module, Tensor]  # the last frames that each causal part of a stream has seen; empty where it begins
+
+
+def begins(part: nn.Module, past: Past | None, x: Tensor) -> bool:
+    """Whether `x` is where the clip begins for a part that remembers nothing else; `past` is told that it has begun."""
+    begun = past is not None and part in past
+    if past is not None:
+        past[part] = x[:, :, :0]
+    return not begun
 
 
 def haar_basis(size: int) -> Tensor:
@@ -36,7 +48,7 @@ class HaarPatch(nn.Module):
     """Pixels to Haar coefficients of `(pt, ph, pw)` patches and back, exactly invertible.
 
     In time the first frame is repeated to fill the first patch, so `1 + pt * k` frames give `1 + k`; `inverse` drops
-    the repeats.
+    the repeats. Later pieces of a stream have no such frame.
     """
 
     def __init__(self, patch: Triple) -> None:
@@ -45,29 +57,40 @@ class HaarPatch(nn.Module):
         t, h, w = (haar_basis(p) for p in patch)
         self.register_buffer("basis", torch.kron(t, torch.kron(h, w)), persistent=False)
 
-    def forward(self, video: Tensor) -> Tensor:  # (B, 3, T, H, W) -> (B, 3 * patch volume, T', H', W')
+    def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
+        """`(B, 3, T, H, W)` to `(B, 3 * patch volume, T', H', W')`."""
         pt, ph, pw = self.patch
-        video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
+        if begins(self, past, video):
+            video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
         patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b t h w c (pt ph pw)", pt=pt, ph=ph, pw=pw)
         return rearrange(patches @ self.basis.T.to(patches), "b t h w c p -> b (c p) t h w")
 
-    def inverse(self, x: Tensor) -> Tensor:
+    def inverse(self, x: Tensor, past: Past | None = None) -> Tensor:
         pt, ph, pw = self.patch
+        first = begins(self, past, x)
         patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
         video = rearrange(patches, "b t h w c (pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
-        return video[:, :, pt - 1 :]
+        return video[:, :, pt - 1 :] if first else video
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution that sees no later frame: time is padded in front only, by repeating the first frame."""
+    """3-D convolution that sees no later frame: time is padded in front only, by repeating the first frame.
+
+    In a stream, a later piece is padded with the last frames of the piece before it.
+    """
 
     def __init__(self, cin: int, cout: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = True) -> None:
         super().__init__(cin, cout, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2), bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         front = self.kernel_size[0] - 1
+        before = None if past is None else past.get(self)
         if front:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, front, -1, -1), x], dim=2)
+            x = torch.cat([x[:, :, :1].expand(-1, -1, front, -1, -1) if before is None else before, x], dim=2)
+        if past is not None:
+            past[self] = x[:, :, x.shape[2] - front :].clone()  # a view would keep the whole piece
+        if before is not None:  # the next place is a whole stride after the last one, which was the piece's last frame
+            x = x[:, :, self.stride[0] - 1 :]
         return super().forward(x)
 
 
@@ -92,6 +115,31 @@ class SiteNorm(nn.LayerNorm):
 NORMS = {"frame": FrameNorm, "site": SiteNorm}
 
 
+class AdaptiveNorm(FrameNorm):
+    """Group normalisation whose gain and bias at each place come from the latents there (MAGVIT-v2, section 3.2).
+
+    Statistics are each frame's own and a frame is told of no later latent frame, so that the decoder stays causal.
+
+    Args:
+        channels: of the features. dim: of the latents.
+        stretch: (time, height, width) of a latent, in frames and places of the features.
+    """
+
+    def __init__(self, channels: int, dim: int, stretch: Triple) -> None:
+        super().__init__(channels)
+        self.stretch = stretch
+        self.style = nn.Conv3d(dim, 2 * channels, 1)
+        nn.init.zeros_(self.style.weight)
+        nn.init.zeros_(self.style.bias)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        style = self.style(latents)
+        for axis, times in zip((2, 3, 4), self.stretch, strict=True):
+            style = style.repeat_interleave(times, axis)
+        gain, bias = style[:, :, style.shape[2] - x.shape[2] :].chunk(2, 1)  # the first latent is of one frame only
+        return super().forward(x) * (1 + gain) + bias
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: norm, swish, conv, twice; 1x1x1 shortcut when the width changes."""
 
@@ -103,9 +151,9 @@ class ResBlock(nn.Module):
         self.conv2 = CausalConv3d(cout, cout, kernel, bias=False)
         self.shortcut = nn.Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), past)
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)), past)
 
     def begin_as_identity(self) -> None:
         """Makes a block that deepens a trained network leave it as it is, to begin with."""
@@ -120,10 +168,23 @@ class Upsample(nn.Module):
         self.stride = stride
         self.conv = CausalConv3d(cin, cout * math.prod(stride), kernel)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         st, sh, sw = self.stride
-        x = rearrange(self.conv(x), "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
-        return x[:, :, st - 1 :]
+        first = begins(self, past, x)
+        x = rearrange(self.conv(x, past), "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
+        return x[:, :, st - 1 :] if first else x
+
+
+class Causal(nn.Sequential):
+    """Parts in a row, some of which remember the past and some of which are told the latents."""
+
+    def forward(self, x: Tensor, past: Past | None = None, latents: Tensor | None = None) -> Tensor:
+        for part in self:
+            if isinstance(part, (CausalConv3d, ResBlock, Upsample)):
+                x = part(x, past)
+            else:
+                x = part(x, latents) if isinstance(part, AdaptiveNorm) else part(x)
+        return x
 
 
 class MAGVIT2(nn.Module):
@@ -139,9 +200,10 @@ class MAGVIT2(nn.Module):
         encoder_blocks, encoder_kernels: those of the encoder, where they differ. An encoder that sees little around a
             token gives what stands still the same token again and again, which a language model learns much faster.
         encoder_norm: "frame" or, so that no place depends on the rest of the frame, "site".
+        adaptive: a norm told by the latents before the decoder's blocks of each level, as in the paper.
     """
 
-    decoding_only = ("decoder", "blocks", "kernels")  # parts and arguments on which no token depends
+    decoding_only = ("decoder", "blocks", "kernels", "adaptive")  # parts and arguments on which no token depends
 
     def __init__(
         self,
@@ -154,6 +216,7 @@ class MAGVIT2(nn.Module):
         encoder_blocks: Sequence[int] | None = None,
         encoder_kernels: Sequence[Triple] | None = None,
         encoder_norm: Literal["frame", "site"] = "frame",
+        adaptive: bool = False,
     ) -> None:
         super().__init__()
         if encoder_norm not in NORMS:
@@ -172,7 +235,7 @@ class MAGVIT2(nn.Module):
         strides, kernels = [tuple(s) for s in strides], [tuple(k) for k in kernels]
         self.channels, self.strides, self.blocks, self.kernels = channels, strides, blocks, kernels
         self.encoder_blocks, self.encoder_kernels, self.encoder_norm = encoder_blocks, encoder_kernels, encoder_norm
-        self.patch = tuple(patch)
+        self.patch, self.adaptive = tuple(patch), adaptive
         self.quantizer = quantizer
         self.haar = HaarPatch(self.patch)
         self.compression: Triple = tuple(p * math.prod(s[i] for s in strides) for i, p in enumerate(patch))
@@ -180,7 +243,7 @@ class MAGVIT2(nn.Module):
         top = channels[-1]
 
         # named, so that a deeper network can begin with the weights of a shallower one
-        encoder = self.encoder = nn.Sequential()
+        encoder = self.encoder = Causal()
         encoder.add_module("first", CausalConv3d(pixels, channels[0], encoder_kernels[0], bias=False))
         width = channels[0]
         for level, (cout, count, kernel) in enumerate(zip(channels, encoder_blocks, encoder_kernels)):
@@ -194,10 +257,13 @@ class MAGVIT2(nn.Module):
         encoder.add_module("act", nn.SiLU())
         encoder.add_module("last", nn.Conv3d(top, quantizer.dim, 1))
 
-        decoder = self.decoder = nn.Sequential()
+        decoder = self.decoder = Causal()
         decoder.add_module("first", CausalConv3d(quantizer.dim, top, kernels[-1]))
         width = top
         for level in reversed(range(len(channels))):
+            if adaptive:
+                stretch = tuple(math.prod(s[axis] for s in strides[level:]) for axis in range(3))
+                decoder.add_module(f"level{level}_style", AdaptiveNorm(width, quantizer.dim, stretch))
             for block in range(blocks[level]):
                 decoder.add_module(f"level{level}_block{block}", ResBlock(width, channels[level], kernels[level]))
                 width = channels[level]
@@ -224,24 +290,28 @@ class MAGVIT2(nn.Module):
             )
         return 1 + (frames - 1) // t, height // h, width // w
 
-    def encode_latents(self, video: Tensor) -> Tensor:
-        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, D, t, h, w)`."""
-        self.grid(*video.shape[2:])
-        return self.encoder(self.haar(video).contiguous(memory_format=torch.channels_last_3d))
+    def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
+        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, D, t, h, w)`.
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+        past: what a stream remembers: an empty dictionary with its first piece and the same one with all others.
+        """
+        self.grid(video.shape[2] + (1 if past else 0), *video.shape[3:])
+        return self.encoder(self.haar(video, past).contiguous(memory_format=torch.channels_last_3d), past)
+
+    def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
         """Quantized latents to pixels, not clipped."""
-        return self.haar.inverse(self.decoder(latents.contiguous(memory_format=torch.channels_last_3d)))
+        latents = latents.contiguous(memory_format=torch.channels_last_3d)
+        return self.haar.inverse(self.decoder(latents, past, latents), past)
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
         """`(B, 3, T, H, W)` to ids `(B, t, h, w)` int64."""
-        return self.quantizer(self.encode_latents(video))[1]
+        return self.quantizer(self.encode_latents(video, past))[1]
 
     @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
+    def decode(self, ids: Tensor, past: Past | None = None) -> Tensor:
         """Ids `(B, t, h, w)` to pixels in [-1, 1]."""
-        return self.decode_latents(self.quantizer.lookup(ids)).float().clamp(-1, 1)
+        return self.decode_latents(self.quantizer.lookup(ids), past).float().clamp(-1, 1)
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstruction (not clipped), ids, and the quantizer's loss terms."""

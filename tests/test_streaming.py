@@ -1,0 +1,77 @@
+"""Streams give what whole clips give, to the last bit, and remember no more the longer they are."""
+
+import pytest
+import torch
+
+from reelm.tokenizers.magvit2 import MAGVIT2, AdaptiveNorm
+from reelm.tokenizers.quantizers import LFQ
+from reelm.tokenizers.streaming import decode_stream, encode_stream
+
+SPATIAL, TEMPORAL = (1, 2, 2), (2, 2, 2)
+VARIANTS = {
+    "patch": {"patch": (4, 4, 4), "channels": (8, 8), "strides": (SPATIAL,)},
+    "late": {"channels": (8, 8, 16), "strides": (SPATIAL, TEMPORAL), "adaptive": True},
+    "patch and stride": {"patch": (2, 2, 2), "channels": (8, 8), "strides": (TEMPORAL,), "adaptive": True},
+    "8 x 4 x 4": {"patch": (2, 1, 1), "channels": (8, 8, 8), "strides": (TEMPORAL, (2, 2, 2))},
+}
+
+
+def make(variant: str = "patch") -> MAGVIT2:
+    torch.manual_seed(1)
+    levels = len(VARIANTS[variant]["channels"])
+    model = MAGVIT2(LFQ(8), blocks=(1,) * levels, kernels=((3, 3, 3),) * levels, **VARIANTS[variant]).eval()
+    for part in model.modules():
+        if isinstance(part, AdaptiveNorm):  # which begins as a plain one
+            torch.nn.init.normal_(part.style.weight, std=0.3)
+    return model
+
+
+def noise(frames: int) -> torch.Tensor:
+    return torch.rand(1, 3, frames, 32, 32) * 2 - 1
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def whole(request) -> tuple[MAGVIT2, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokenizer = make(request.param)
+    video = noise(1 + 6 * tokenizer.compression[0])
+    ids = tokenizer.encode(video)
+    return tokenizer, video, ids, tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 100])
+@pytest.mark.parametrize("latent_frames", [1, 2, 7])
+def test_a_stream_equals_the_whole_clip(whole, pieces, latent_frames):
+    tokenizer, video, ids, pixels = whole
+    made = list(encode_stream(tokenizer, video.split(pieces, 2), latent_frames))
+    assert torch.equal(torch.cat(made, 1), ids) and all(part.shape[1] <= latent_frames for part in made)
+    made = list(decode_stream(tokenizer, ids.split(pieces, 1), latent_frames))
+    assert torch.equal(torch.cat(made, 2), pixels)
+
+
+def test_pieces_come_as_soon_as_they_can(whole):
+    tokenizer, video, _, _ = whole
+    taken = []
+
+    def frames():
+        for frame in video.split(1, 2):
+            taken.append(frame)
+            yield frame
+
+    stream = encode_stream(tokenizer, frames(), latent_frames=1)
+    for k in range(3):
+        assert next(stream).shape[1] == 1 and len(taken) == 1 + k * tokenizer.compression[0]
+
+
+def test_what_is_remembered_does_not_grow(whole):
+    tokenizer, video, _, _ = whole
+    step, past, sizes = tokenizer.compression[0], {}, []
+    for piece in [video[:, :, :1], *video[:, :, 1:].split(step, 2)]:
+        tokenizer.decode(tokenizer.encode(piece, past), decoded := {})
+        sizes.append(sum(kept.untyped_storage().nbytes() for kept in past.values()))
+    assert len(set(sizes[1:])) == 1 and sizes[0] <= sizes[1] and decoded
+
+
+def test_a_stream_that_ends_between_latent_frames_is_refused():
+    tokenizer = make()
+    with pytest.raises(ValueError, match=r"1 \+ 4k frames"):
+        list(encode_stream(tokenizer, noise(7).split(3, 2), 1))
