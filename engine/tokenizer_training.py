@@ -76,8 +76,8 @@ class TokenizerTraining(L.LightningModule):
             raise ValueError(f"part is all or decoder; got {part}")
         self.reconstruction, self.frames = reconstruction, frames
         if part == "decoder":
-            tokenizer.requires_grad_(False)
-            tokenizer.decoder.requires_grad_(True)
+            tokenizer.eval().requires_grad_(False)  # eval: the codes of a vector quantizer follow what they stand for
+            tokenizer.decoder.train().requires_grad_(True)
         self._seen: list[Tensor] = []
 
     def start_from(self, folder: str | Path) -> None:
@@ -129,9 +129,9 @@ class TokenizerTraining(L.LightningModule):
                 f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
                 "idle; raise entropy_weight or lower the learning rate"
             )
-        counts = torch.bincount(ids, minlength=2).float()
-        share = counts[counts > 0] / counts.sum()
-        self.log("val/codes_used", float((counts > 0).sum()), sync_dist=True)
+        counts = ids.unique(return_counts=True)[1]
+        share = counts / counts.sum()
+        self.log("val/codes_used", float(len(counts)), sync_dist=True)
         self.log("val/perplexity", float((-(share * share.log()).sum()).exp()), sync_dist=True)
 
     def samples(self) -> tuple[Tensor, list[str], float] | None:

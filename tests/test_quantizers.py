@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from vector_quantize_pytorch import LFQ as LibraryLFQ
 
-from reelm.tokenizers.quantizers import FSQ, LFQ, binary_entropy, lfq_entropy
+from reelm.tokenizers.quantizers import FSQ, LFQ, VQ, binary_entropy, lfq_entropy
 
 
 def brute_force(z, temperature):
@@ -144,3 +144,67 @@ def test_fsq_round_trip(levels):
     assert z.grad.abs().sum() > 0
     every = torch.arange(quantizer.vocabulary).view(1, 1, 1, -1)
     assert len(quantizer.lookup(every).flatten(2)[0].T.unique(dim=0)) == quantizer.vocabulary
+
+
+def trained(**options) -> VQ:
+    torch.manual_seed(0)
+    quantizer = VQ(dim=4, **options)
+    for _ in range(30):
+        quantizer(torch.randn(2, 4, 2, 4, 4))
+    return quantizer
+
+
+@pytest.mark.parametrize("options", [{"codes": 16}, {"codes": 16, "cosine": True}, {"codes": 8, "levels": 3}])
+def test_vq_round_trip_and_gradients(options):
+    quantizer = trained(**options)
+    z = torch.randn(2, 4, 2, 3, 5, requires_grad=True)
+    weight = torch.randn(2, 4, 2, 3, 5)
+    quantized, _, losses = quantizer(z)
+    (quantized * weight).sum().backward()
+    assert losses["commitment"].isfinite() and quantized.shape == z.shape
+    assert torch.equal(z.grad, weight)
+    quantized, ids, losses = quantizer.eval()(z.detach())
+    assert ids.shape == (2, 2, 3, 5) and 0 <= ids.min() and ids.max() < quantizer.vocabulary and not losses
+    torch.testing.assert_close(quantizer.lookup(ids), quantized)
+
+
+def test_vq_takes_the_nearest_code_and_codes_follow_their_latents():
+    quantizer = trained(codes=8).eval()
+    table = quantizer.lookup(torch.arange(8).view(1, 1, 1, 8))[0, :, 0, 0].T  # (8, 4)
+    z = torch.randn(1, 4, 1, 6, 6)
+    nearest = torch.cdist(z.flatten(2)[0].T, table).argmin(-1)
+    assert torch.equal(quantizer(z)[1].flatten(), nearest)
+    before = (quantizer(z)[0] - z).square().mean()
+    quantizer.train()
+    for _ in range(300):
+        quantizer(z)
+    assert (quantizer.eval()(z)[0] - z).square().mean() < before
+
+
+def test_each_residual_level_quantizes_what_is_left_over():
+    quantizer = trained(codes=8, levels=3).eval()
+    z = torch.randn(2, 4, 2, 4, 4)
+    ids = quantizer(z)[1]
+    errors = []
+    for kept in (0, 1, 2):  # the ids of the levels up to `kept`, with those of the rest taken away
+        levels = [ids // 8**place % 8 for place in (2, 1, 0)]
+        codes = [layer._codebook.embed[0] for layer in quantizer.vq.layers]
+        partial = sum(codes[k][levels[k]] for k in range(kept + 1)).movedim(-1, 1)
+        errors.append((partial - z).square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+    torch.testing.assert_close(quantizer.lookup(ids), partial)
+
+
+def test_vq_decides_in_float32():
+    z = torch.randn(1, 4, 1, 4, 4)
+    quantizer = trained(codes=8).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, ids, _ = quantizer(z)
+    assert torch.equal(ids, quantizer(z)[1]) and quantized.dtype == torch.float32
+
+
+def test_vq_mistakes():
+    with pytest.raises(ValueError, match="7 levels of 1024 codes cannot be numbered"):
+        VQ(levels=7)
+    with pytest.raises(ValueError, match="cosine=false"):
+        VQ(levels=2, cosine=True)

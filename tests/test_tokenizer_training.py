@@ -10,13 +10,13 @@ from reelm.data.module import Batch
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.tokenizer_training import TokenizerTraining, idle_bits
 from reelm.tokenizers.magvit2 import MAGVIT2
-from reelm.tokenizers.quantizers import LFQ
+from reelm.tokenizers.quantizers import LFQ, VQ
 
 
-def training(**options) -> TokenizerTraining:
+def training(quantizer: torch.nn.Module | None = None, **options) -> TokenizerTraining:
     torch.manual_seed(0)
     tokenizer = MAGVIT2(
-        LFQ(6, 0.5), patch=(4, 4, 4), channels=(8, 8), strides=((1, 2, 2),), blocks=(1, 1),
+        quantizer or LFQ(6, 0.5), patch=(4, 4, 4), channels=(8, 8), strides=((1, 2, 2),), blocks=(1, 1),
         kernels=((1, 3, 3), (3, 3, 3)),
     )  # fmt: skip
     return TokenizerTraining(tokenizer, Optimisation(), **options)
@@ -55,6 +55,19 @@ def test_entropy_terms_begin_with_a_boost_that_ends(monkeypatch):
     for step, factor in ((0, 3.0), (50, 1.5), (100, 0.0), (900, 0.0)):
         monkeypatch.setattr(TokenizerTraining, "global_step", step)
         assert loss_of(boosted, video).item() == pytest.approx(base + 0.1 * factor * entropy, rel=1e-4)
+
+
+def test_codes_stay_where_only_the_decoder_learns():
+    video = torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    for part, stay in (("all", False), ("decoder", True)):
+        quantizer = VQ(16, 4)
+        module = training(quantizer, part=part)
+        quantizer.train()(module.tokenizer.encode_latents(video))  # the first codes
+        quantizer.train(part == "all")
+        before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+        loss_of(module, video + 0.1)
+        after = quantizer.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before) == stay
 
 
 def test_only_the_decoder_learns_where_that_is_asked():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ as _FSQ
+from vector_quantize_pytorch import ResidualVQ as _ResidualVQ
 
 
 def binary_entropy(logits: Tensor) -> Tensor:
@@ -91,3 +92,57 @@ class FSQ(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self.fsq.indices_to_codes(ids.flatten(1)).unflatten(1, ids.shape[1:]).movedim(-1, 1)
+
+
+class VQ(nn.Module):
+    """Vector quantization with codes that follow the running mean of what they stand for (VQ-VAE, arXiv:1711.00937,
+    appendix A.1), in one level or, residually, in several (SoundStream, arXiv:2107.03312, section III.C).
+
+    An id numbers the codes of all levels, the first level highest, so that heads with sub-tokens can predict one level
+    after the other.
+
+    Args:
+        codes: number of codes of a level.
+        dim: latent channels.
+        levels: each quantizes what those before it left over.
+        decay: of the running means.
+        cosine: codes and latents are compared on the unit sphere (arXiv:2110.04627, section 3.2); one level only.
+        dead: a code that stands for fewer latents than this, in the running mean, is replaced by a latent.
+    """
+
+    def __init__(
+        self,
+        codes: int = 1024,
+        dim: int = 8,
+        levels: int = 1,
+        decay: float = 0.99,
+        cosine: bool = False,
+        dead: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if codes < 2 or levels < 1 or codes**levels >= 2**63:
+            raise ValueError(f"{levels} levels of {codes} codes cannot be numbered; take 2 codes and 1 level or more")
+        if cosine and levels > 1:
+            raise ValueError(f"what a level leaves over has a length; levels={levels} asks for cosine=false")
+        self.codes, self.dim, self.levels = codes, dim, levels
+        self.decay, self.cosine, self.dead = decay, cosine, dead
+        self.vocabulary = codes**levels
+        self.vq = _ResidualVQ(
+            dim=dim, codebook_size=codes, num_quantizers=levels, decay=decay, use_cosine_sim=cosine,
+            threshold_ema_dead_code=dead, kmeans_init=True, rotation_trick=False,
+        )  # fmt: skip
+        self.register_buffer("places", codes ** torch.arange(levels - 1, -1, -1), persistent=False)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        shape = (z.shape[0], *z.shape[2:])
+        with torch.autocast(z.device.type, enabled=False):  # running means and distances are not for bfloat16
+            z = z.float()
+            quantized, ids, commitment = self.vq(z.movedim(1, -1).flatten(1, -2))
+        quantized = quantized.detach().unflatten(1, shape[1:]).movedim(-1, 1)
+        quantized = z + (quantized - z).detach()  # the library's own gradient counts once for each level
+        losses = {"commitment": commitment.sum()} if self.training else {}
+        return quantized, (ids.long() * self.places).sum(-1).reshape(shape), losses
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        levels = ids.flatten(1)[..., None] // self.places % self.codes
+        return self.vq.get_output_from_indices(levels).unflatten(1, ids.shape[1:]).movedim(-1, 1)
