@@ -131,29 +131,32 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def grow(model: nn.Module, folder: str | Path, part: str) -> None:
-    """Begins a model with the weights of a smaller one: those in `folder`, or in its sub-folder `part` if it has one.
+    """Begins a model with the weights of a smaller one: that in `folder`, or in its sub-folder `part` if it has one.
 
     A larger tensor has the stored one in its first entries; what new inputs contribute is 0, and blocks that the
     smaller model lacks begin as the identity where they can, so that a deeper model computes what the smaller one did.
+    Modules that know better have a method `inflate`: an image tokenizer becomes one of video.
 
     Raises ValueError where the stored model is no smaller one.
     """
-    path = Path(folder) / part / "model.safetensors"
-    if not path.parent.is_dir():
-        path = Path(folder) / "model.safetensors"
-    weights, own = read_weights(path), model.state_dict()
+    folder = Path(folder) / part if (Path(folder) / part).is_dir() else Path(folder)
+    small = load(folder)
+    weights, own, parts = small.state_dict(), model.state_dict(), dict(small.named_modules())
+    for name, module in reversed(list(model.named_modules())):  # a whole after its parts
+        if hasattr(module, "inflate") and name in parts:
+            module.inflate(weights, name, parts[name])
     for name, weight in weights.items():
         target = own.get(name)
         here, there = () if target is None else tuple(target.shape), tuple(weight.shape)
         smaller = len(here) == len(there) and all(a >= b for a, b in zip(here[:2], there[:2], strict=True))
-        if target is None or not smaller or here[2:] != there[2:]:  # a larger kernel would have its centre elsewhere
+        if target is None or not smaller or here[2:] != there[2:]:
             what = f"{here} here" if target is not None else "which this one has not"
-            raise ValueError(f"{path} holds weights of another model: {name} is {there}, {what}")
+            raise ValueError(f"{folder} holds weights of another model: {name} is {there}, {what}")
         if target.ndim > 1:
             target[: there[0]] = 0
         target[tuple(slice(size) for size in there)] = weight
     for name, module in model.named_modules():
-        if hasattr(module, "begin_as_identity") and not any(key.startswith(f"{name}.") for key in weights):
+        if hasattr(module, "begin_as_identity") and name not in parts:
             module.begin_as_identity()
 
 

@@ -93,6 +93,13 @@ class CausalConv3d(nn.Conv3d):
             x = x[:, :, self.stride[0] - 1 :]
         return super().forward(x)
 
+    def inflate(self, weights: dict[str, Tensor], name: str, small: CausalConv3d) -> None:
+        """Puts the stored kernel of an image, or of less time, into the last slices in time, those of the frame itself
+        (MAGVIT-v2, appendix A.2); what is before them begins with no say."""
+        earlier = self.kernel_size[0] - small.kernel_size[0]
+        if earlier > 0:
+            weights[f"{name}.weight"] = F.pad(weights[f"{name}.weight"], (0, 0, 0, 0, earlier, 0))
+
 
 class FrameNorm(nn.GroupNorm):
     """Group normalisation of each frame by itself (a norm over time would let later frames speak to earlier ones)."""
@@ -173,6 +180,14 @@ class Upsample(nn.Module):
         first = begins(self, past, x)
         x = rearrange(self.conv(x, past), "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
         return x[:, :, st - 1 :] if first else x
+
+    def inflate(self, weights: dict[str, Tensor], name: str, small: Upsample) -> None:
+        """Where frames are made of one that the stored network made, they begin as copies of it."""
+        st, sh, sw = self.stride
+        if small.stride == (1, sh, sw):
+            for key in (f"{name}.conv.weight", f"{name}.conv.bias"):
+                rows = weights[key].unflatten(0, (-1, 1, sh * sw))
+                weights[key] = rows.repeat_interleave(st, 1).flatten(0, 2)
 
 
 class Causal(nn.Sequential):
