@@ -3,7 +3,9 @@ import torch
 
 from reelm.tokenizers.magvit2 import MAGVIT2, AdaptiveNorm, FrameNorm, HaarPatch, haar_basis
 from reelm.tokenizers.quantizers import FSQ, LFQ
+from reelm.tokenizers.tokenizer import VideoTokenizer
 from reelm.tokenizers.tokens import Tokens
+from reelm.tokenizers.vivit import ViViT
 
 VARIANTS = {
     "patch": {
@@ -23,8 +25,16 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def make(variant: str = "patch", bits: int = 8) -> MAGVIT2:
+TRANSFORMERS = {
+    "c-vivit": {"patch": (2, 8, 8), "layers": "sstt", "window": 3},
+    "st-vivit": {"patch": (1, 4, 4), "layers": "stst", "window": 2},
+}
+
+
+def make(variant: str = "patch", bits: int = 8) -> VideoTokenizer:
     torch.manual_seed(1)
+    if variant in TRANSFORMERS:
+        return ViViT(LFQ(bits), width=32, heads=2, **TRANSFORMERS[variant])
     model = MAGVIT2(LFQ(bits), **VARIANTS[variant])
     for part in model.modules():
         if isinstance(part, AdaptiveNorm):  # which begins as a plain one
@@ -36,8 +46,8 @@ def noise(frames: int, size: int = 16, batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 3, frames, size, size) * 2 - 1
 
 
-@pytest.fixture(params=VARIANTS)
-def tokenizer(request) -> MAGVIT2:
+@pytest.fixture(params=[*VARIANTS, *TRANSFORMERS])
+def tokenizer(request) -> VideoTokenizer:
     return make(request.param).eval()
 
 

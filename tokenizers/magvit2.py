@@ -4,9 +4,6 @@ Frame 0 depends on itself alone, latent frame k on pixel frames 0 .. k * tempora
 image is a clip of one frame and the tokens of a prefix are the prefix of the tokens. Unlike public reproductions no
 normalisation looks at another frame. An optional Haar patch transform in front (as in Cosmos) makes the network
 several times cheaper; `patch=(1, 1, 1)` is the paper's.
-
-A stream is a clip given in pieces, the first of `1 + t * k` frames and the others of `t * k` (`streaming.py` cuts
-them). What the causal parts have to remember between two pieces is a `Past`.
 """
 
 from __future__ import annotations
@@ -20,16 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Triple = tuple[int, int, int]
-Past = dict[nn.Module, Tensor]  # the last frames that each causal part of a stream has seen; empty where it begins
-
-
-def begins(part: nn.Module, past: Past | None, x: Tensor) -> bool:
-    """Whether `x` is where the clip begins for a part that remembers nothing else; `past` is told that it has begun."""
-    begun = past is not None and part in past
-    if past is not None:
-        past[part] = x[:, :, :0]
-    return not begun
+from reelm.tokenizers.tokenizer import Past, Triple, VideoTokenizer, begins
 
 
 def haar_basis(size: int) -> Tensor:
@@ -202,7 +190,7 @@ class Causal(nn.Sequential):
         return x
 
 
-class MAGVIT2(nn.Module):
+class MAGVIT2(VideoTokenizer):
     """Causal video tokenizer.
 
     Args:
@@ -291,44 +279,10 @@ class MAGVIT2(nn.Module):
         decoder.add_module("last", CausalConv3d(width, pixels, kernels[0]))
         self.to(memory_format=torch.channels_last_3d)
 
-    @property
-    def vocabulary(self) -> int:
-        return self.quantizer.vocabulary
-
-    def grid(self, frames: int, height: int, width: int) -> Triple:
-        """Token grid of a clip; raises ValueError where the clip does not fit the compression."""
-        t, h, w = self.compression
-        if (frames - 1) % t or height % h or width % w:
-            raise ValueError(
-                f"a clip of {frames} frames of {height} x {width} does not fit this tokenizer: "
-                f"it takes 1 + {t}k frames of multiples of {h} x {w}"
-            )
-        return 1 + (frames - 1) // t, height // h, width // w
-
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, D, t, h, w)`.
-
-        past: what a stream remembers: an empty dictionary with its first piece and the same one with all others.
-        """
-        self.grid(video.shape[2] + (1 if past else 0), *video.shape[3:])
+        self.check(video, past)
         return self.encoder(self.haar(video, past).contiguous(memory_format=torch.channels_last_3d), past)
 
     def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        """Quantized latents to pixels, not clipped."""
         latents = latents.contiguous(memory_format=torch.channels_last_3d)
         return self.haar.inverse(self.decoder(latents, past, latents), past)
-
-    @torch.no_grad()
-    def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` to ids `(B, t, h, w)` int64."""
-        return self.quantizer(self.encode_latents(video, past))[1]
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """Ids `(B, t, h, w)` to pixels in [-1, 1]."""
-        return self.decode_latents(self.quantizer.lookup(ids), past).float().clamp(-1, 1)
-
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstruction (not clipped), ids, and the quantizer's loss terms."""
-        quantized, ids, losses = self.quantizer(self.encode_latents(video))
-        return self.decode_latents(quantized), ids, losses

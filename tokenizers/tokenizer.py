@@ -1,0 +1,74 @@
+"""What all video tokenizers have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Triple = tuple[int, int, int]
+Past = dict[nn.Module, Tensor]  # the last frames that each causal part of a stream has seen; empty where it begins
+
+
+def begins(part: nn.Module, past: Past | None, x: Tensor) -> bool:
+    """Whether `x` is where the clip begins for a part that remembers nothing else; `past` is told that it has begun."""
+    begun = past is not None and part in past
+    if past is not None:
+        past[part] = x[:, :, :0]
+    return not begun
+
+
+class VideoTokenizer(nn.Module):
+    """A causal network between pixels and latents, and a quantizer between latents and ids.
+
+    Frame 0 is a latent frame of its own, and each `compression[0]` frames after it are one more, so `1 + t * k` frames
+    make `1 + k`. A stream is a clip given in pieces, the first of `1 + t * k` frames and the others of `t * k`
+    (`streaming.py` cuts them); `past` is what it remembers: an empty dictionary with the first piece and the same one
+    with all others.
+
+    Subclasses set `quantizer` and `compression` (pixel frames, rows and columns of a latent) and give `encode_latents`
+    and `decode_latents`.
+    """
+
+    quantizer: nn.Module
+    compression: Triple
+
+    def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
+        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, D, t, h, w)`."""
+        raise NotImplementedError
+
+    def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
+        """Quantized latents to pixels, not clipped."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> int:
+        return self.quantizer.vocabulary
+
+    def grid(self, frames: int, height: int, width: int) -> Triple:
+        """Token grid of a clip; raises ValueError where the clip does not fit the compression."""
+        t, h, w = self.compression
+        if (frames - 1) % t or height % h or width % w:
+            raise ValueError(
+                f"a clip of {frames} frames of {height} x {width} does not fit this tokenizer: "
+                f"it takes 1 + {t}k frames of multiples of {h} x {w}"
+            )
+        return 1 + (frames - 1) // t, height // h, width // w
+
+    def check(self, video: Tensor, past: Past | None) -> None:
+        """ValueError where a clip, or a piece of a stream, does not fit the compression."""
+        self.grid(video.shape[2] + (1 if past else 0), *video.shape[3:])
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
+        """`(B, 3, T, H, W)` to ids `(B, t, h, w)` int64."""
+        return self.quantizer(self.encode_latents(video, past))[1]
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """Ids `(B, t, h, w)` to pixels in [-1, 1]."""
+        return self.decode_latents(self.quantizer.lookup(ids), past).float().clamp(-1, 1)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstruction (not clipped), ids, and the quantizer's loss terms."""
+        quantized, ids, losses = self.quantizer(self.encode_latents(video))
+        return self.decode_latents(quantized), ids, losses
