@@ -103,7 +103,7 @@ class Videos(Dataset[Clip], ABC):
         self.controls, self.audio = tuple(controls), audio
         self.videos = self._split(split, held_out)
         self.failures: dict[str, str] = {}
-        self._bad: set[tuple[int, int]] = set()
+        self._bad: set[tuple[int, int, int]] = set()
 
     @abstractmethod
     def _source(self, number: int) -> AbstractContextManager[Source]:
@@ -153,17 +153,17 @@ class Videos(Dataset[Clip], ABC):
         tries = min(len(self.videos), TRIES)
         for offset in range(tries):
             candidate = (first + offset) % len(self.videos) * self.clips_per_video + part
-            if (candidate, frames) in self._bad:
+            if (candidate, frames, draw) in self._bad:
                 continue
             try:
                 return self.read(candidate, frames, controls, draw)
             except VideoError as error:
-                self._remember(candidate, frames, str(error))
+                self._bad.add((candidate, frames, draw))
+                self._name(candidate, str(error))
         some = next(iter(self.failures.values()))
         raise VideoError(f"{self.where}: {tries} videos in a row cannot be read, the first because {some}")
 
-    def _remember(self, index: int, frames: int, reason: str) -> None:
-        self._bad.add((index, frames))
+    def _name(self, index: int, reason: str) -> None:
         key = self.keys[self._place(index)[0]]
         if key not in self.failures:
             self.failures[key] = reason

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import lightning as L
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -166,6 +167,31 @@ class _Position(Iterator):
         self.step = state["step"]
 
 
+def in_turn(
+    source: ClipSource,
+    groups: Sequence[Group],
+    batch_size: int,
+    clips: int,
+    rank: int = 0,
+    ranks: int = 1,
+    length: Callable[[str], int] = len,
+) -> list[list[Request]]:
+    """Batches for validation: the first clips of the source for each group in turn, the same ones each time.
+
+    clips: of all groups together, but each group has a batch at least. All ranks have equally many batches.
+    """
+    batches = []
+    size = batch_size * ranks
+    for group in groups:
+        count = min(max(clips // len(groups), size), len(source))
+        indices = sorted(range(count), key=lambda i: length(source.caption(i, group.frames)))
+        for start in range(0, count, size):
+            batch = indices[start : start + size]
+            batch += indices[: -len(batch) % ranks] if count >= ranks else [batch[0]] * (-len(batch) % ranks)
+            batches.append([Request(index, group) for index in batch[rank::ranks]])
+    return batches
+
+
 class ClipData(L.LightningDataModule):
     """Loaders over any source of clips.
 
@@ -174,7 +200,7 @@ class ClipData(L.LightningDataModule):
         batch_size: clips a step on each process.
         workers: loader processes.
         seed: of the order of clips and groups.
-        validation_clips: how many clips of `validation` are looked at.
+        validation_clips: clips of `validation` to look at, in all groups together; a batch of each at least.
         root: where the data lie. Not read here: configs say it once by this name, and their datasets refer to it.
 
     The module that trains sets `groups` (and `text_length`) in its `setup`; by default there is one group of whole
@@ -192,31 +218,39 @@ class ClipData(L.LightningDataModule):
         root: object = None,
     ) -> None:
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("validation_clips", validation_clips)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
         self.train, self.validation = train, validation
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.validation_clips = validation_clips
         self.groups: Sequence[Group] = (Group("clip"),)
         self.text_length: Callable[[str], int] = len
 
-    def _loader(self, source: ClipSource, steps: int, seed: int, workers: int) -> StatefulDataLoader:
-        trainer = self.trainer
-        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        batches = GroupedBatches(
-            source, self.groups, self.batch_size, steps, seed, rank=rank, ranks=ranks, length=self.text_length
-        )
+    def _loader(self, source: ClipSource, batches: Iterable[list[Request]], workers: int) -> StatefulDataLoader:
         return StatefulDataLoader(
             Requested(source), batch_sampler=batches, collate_fn=collate, num_workers=workers,
             prefetch_factor=4 if workers else None, persistent_workers=False,
+            generator=torch.Generator(),  # so that making a loader draws nothing from the training's random numbers
         )  # fmt: skip
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> StatefulDataLoader:
         """An endless stream for practical purposes: as many batches as the trainer's `max_steps` asks for."""
-        trainer = self.trainer
+        trainer, (rank, ranks) = self.trainer, self._rank()
         bounded = trainer is not None and trainer.max_steps > 0
         steps = trainer.max_steps if bounded else len(self.train) // self.batch_size
-        accumulate = trainer.accumulate_grad_batches if trainer is not None else 1
-        return self._loader(self.train, max(steps, 1) * accumulate, self.seed, self.workers)
+        steps = max(steps, 1) * (trainer.accumulate_grad_batches if trainer is not None else 1)
+        batches = GroupedBatches(
+            self.train, self.groups, self.batch_size, steps, self.seed, rank, ranks, self.text_length
+        )
+        return self._loader(self.train, batches, self.workers)
 
     def val_dataloader(self) -> StatefulDataLoader:
-        steps = max(1, self.validation_clips // self.batch_size)
-        return self._loader(self.validation, steps, seed=0, workers=0)
+        rank, ranks = self._rank()
+        batches = in_turn(
+            self.validation, self.groups, self.batch_size, self.validation_clips, rank, ranks, self.text_length
+        )
+        return self._loader(self.validation, batches, workers=0)

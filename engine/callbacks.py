@@ -55,12 +55,7 @@ class Checkpoint(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         if self._random is not None:  # only now have the loaders been built, which draw random numbers too
-            random.setstate(_tuple(self._random["python"]))
-            kind, keys, *rest = self._random["numpy"]
-            np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-            torch.set_rng_state(self._random["torch"])
-            if torch.cuda.is_available() and self._random["cuda"]:
-                torch.cuda.set_rng_state_all(self._random["cuda"])
+            set_random_state(self._random)
             self._random = None
 
     def on_train_batch_end(
@@ -78,7 +73,7 @@ class Checkpoint(Callback):
             due = time.monotonic() - self._saved_at > 60 * self.minutes
             if trainer.world_size > 1:
                 due = trainer.strategy.broadcast(due)
-        if due or terminated or step >= trainer.max_steps:
+        if due or terminated or 0 < trainer.max_steps <= step:
             trainer.save_checkpoint(self.folder / LAST)
             self._saved_at, self._saved_step = time.monotonic(), step
         if terminated:
@@ -93,16 +88,49 @@ class Checkpoint(Callback):
             signal.signal(signal.SIGTERM, self._previous)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        kind, keys, *rest = np.random.get_state()
-        checkpoint["random"] = {
-            "python": random.getstate(),
-            "numpy": (kind, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        checkpoint["random"] = random_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random = checkpoint.get("random")
+
+
+def was_terminated(trainer: L.Trainer) -> bool:
+    """Whether a SIGTERM ended the training early."""
+    return any(isinstance(part, Checkpoint) and part.terminated for part in trainer.callbacks)
+
+
+class SameValidation(Callback):
+    """Each validation draws the same numbers, and training goes on with its own as if there had been none.
+
+    Otherwise a run that is resumed at a step that validates, which it does not do again, would go another way.
+    """
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._state = random_state()
+        L.seed_everything(0, verbose=False)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        set_random_state(self._state)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all random number generators, in types that load without running code."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(_tuple(state["python"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _tuple(value: Any) -> Any:
@@ -122,7 +150,7 @@ class FiniteLoss(Callback):
 
 
 class Export(Callback):
-    """Writes the model as a folder, and samples of it as contact sheets and clips, at each validation.
+    """Writes the model as a folder at each validation and at the end, and samples of it as contact sheets and clips.
 
     Comes before weight averaging in the list of callbacks, so that what is written are the averaged weights.
     """
@@ -145,6 +173,10 @@ class Export(Callback):
                     if isinstance(logger, TensorBoardLogger):
                         strip = torch.cat(list(clips[:, :, :: max(clips.shape[2] // 5, 1)].flatten(2, 3).cpu()), 2)
                         logger.experiment.add_image("samples", (strip + 1) / 2, trainer.global_step)
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not was_terminated(trainer):
+            module.export(self.folder / "model", step=trainer.global_step)
 
 
 class EMA(WeightAveraging):

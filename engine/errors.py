@@ -26,8 +26,10 @@ def one_line_errors(program: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return program(*args, **kwargs)
-        except MISTAKES as error:
-            if os.environ.get("REELM_TRACEBACK"):
+        except Exception as error:
+            # the latter is Lightning's, which not all programs import
+            mistake = isinstance(error, MISTAKES) or type(error).__name__ == "MisconfigurationException"
+            if not mistake or os.environ.get("REELM_TRACEBACK"):
                 raise
             print(f"error: {first_line(error)}", file=sys.stderr)
             sys.exit(2)

@@ -12,46 +12,23 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
-from reelm.data.module import Group, GroupedBatches
+from reelm.data.module import Group, in_turn
 from reelm.data.writing import write_contact_sheet
-from reelm.data.zoetrope.captions import parse
+from reelm.data.zoetrope.captions import Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine.tokenizer_training import psnr
 from reelm.engine.video_lm import VideoLM
-from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Reading, read, score
-
-Scores = dict[str, dict[str, float]]
-
-
-class Tally:
-    """Counts of right answers by attribute, over all scenes and over those of one object."""
-
-    def __init__(self) -> None:
-        self.counts: dict[tuple[str, str], list[int]] = {}
-
-    def add(self, reading: Reading, asked: Any) -> None:
-        for name, (right, total) in score(reading, asked).items():
-            for scenes in ("all", "one object") if len(asked.objects) == 1 else ("all",):
-                for attribute in (name, "all"):
-                    count = self.counts.setdefault((scenes, attribute), [0, 0])
-                    count[0] += right
-                    count[1] += total
-
-    def shares(self) -> Scores:
-        """`{"all": {attribute: share}, "one object": {...}}`."""
-        result: Scores = {}
-        for (scenes, attribute), (right, total) in self.counts.items():
-            result.setdefault(scenes, {})[attribute] = round(right / total, 4)
-        return result
+from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
+from reelm.evaluation.zoetrope_reading import Reading, read
 
 
-def batches(world: Zoetrope, model: VideoLM, name: str, count: int, size: int) -> Iterable[Clip]:
-    """`count` clips for a task, in batches of similar caption length."""
+def batches(world: Zoetrope, model: VideoLM, name: str, count: int, size: int) -> Iterable[tuple[list[int], Clip]]:
+    """The first `count` clips for a task, in batches of similar caption length, with their numbers."""
     task = model.task(name)
-    group = Group(name, frames=task.frames, controls=task.controls)
-    order = GroupedBatches(world, [group], size, -(-count // size), seed=7, length=model.packer.text_length)
-    for requests in order:
-        yield Clip.stack([world.get(r.index, frames=task.frames, controls=task.controls) for r in requests])
+    group = Group(name, frames=task.frames)
+    for requests in in_turn(world, [group], min(size, count), count, length=model.packer.text_length):
+        indices = [request.index for request in requests]
+        yield indices, Clip.stack([world.get(i, frames=task.frames, controls=task.controls) for i in indices])
 
 
 def sensible(reading: Reading) -> bool:
@@ -64,29 +41,29 @@ def sensible(reading: Reading) -> bool:
 def evaluate_task(
     model: VideoLM, name: str, world: Zoetrope, clips: int, batch: int, sheet: Path | None = None
 ) -> dict[str, Any]:
-    """Scores of one task: what was generated, the true clips (the judge's own error), other clips' captions (chance),
-    the tokenizer's reconstructions (ceiling)."""
+    """Scores of one task: what was generated, the true clips (the judge's own error), what was generated under the next
+    clip's caption (chance), the tokenizer's reconstructions (ceiling)."""
     made, true, chance, ceiling = Tally(), Tally(), Tally(), Tally()
-    valid = total = 0
+    readings: dict[int, tuple[Reading, Attributes]] = {}
     quality, shown = [], []
     task = model.task(name)
     started = time.monotonic()
-    for number, clip in enumerate(batches(world, model, name, clips, batch)):
+    for number, (indices, clip) in enumerate(batches(world, model, name, clips, batch)):
         given, target = task.split(clip, torch.Generator().manual_seed(number))
         result = model.generate(given, name, seed=1000 * number)
         reconstruction = model.tokenizer.decode(model.tokenizer.encode(target.video))
         quality.append(psnr(reconstruction, target.video))
-        asked = [parse(caption) for caption in clip.captions]
-        for i, want in enumerate(asked):
-            reading = read(result.video[i])
-            valid, total = valid + sensible(reading), total + 1
+        for i, index in enumerate(indices):
+            reading, want = readings[index] = read(result.video[i]), parse(clip.captions[i])
             if name != "unconditional":
                 made.add(reading, want)
             true.add(read(target.video[i]), want)
             ceiling.add(read(reconstruction[i]), want)
-            chance.add(reading, asked[(i + 1) % len(asked)])
-        if len(shown) < 12:
-            shown += [(result.video[i], clip.captions[i]) for i in range(min(len(clip), 12 - len(shown)))]
+            if index < 12:
+                shown.append((result.video[i], clip.captions[i]))
+    total = len(readings)
+    for index, (reading, _) in readings.items():
+        chance.add(reading, readings[(index + 1) % total][1])
     if sheet is not None:
         videos = torch.stack([video for video, _ in shown])
         write_contact_sheet(sheet, videos, columns=min(6, videos.shape[2]), labels=[text for _, text in shown], scale=2)
@@ -96,7 +73,7 @@ def evaluate_task(
         "ceiling": ceiling.shares(),
         "judge": true.shares(),
         "chance": chance.shares(),
-        "sensible": round(valid / total, 4),
+        "sensible": round(sum(sensible(reading) for reading, _ in readings.values()) / total, 4),
         "reconstruction_psnr": round(float(torch.cat(quality).mean()), 2),
         "seconds_a_clip": round((time.monotonic() - started) / total, 2),
     }
@@ -127,6 +104,9 @@ def evaluate(
     show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The suite: every task on every split, with full captions. `sheets`: folder of the contact sheets."""
+    for setting, value in (("clips", clips), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{setting}={value} must be 1 or more")
     results: dict[str, Any] = {}
     for split in splits:
         world = Zoetrope(split, size=model.shape[1:], frames=model.shape[0], fps=model.fps, short_captions=0)
@@ -138,9 +118,11 @@ def evaluate(
     return results
 
 
-def judge_tokenizer(tokenizer: torch.nn.Module, clips: int = 128, size: int = 64) -> dict[str, float]:
-    """Reconstruction PSNR on Zoetrope validation, codes used and the share of ones of each bit of their numbers."""
-    world = Zoetrope("validation", size=size)
+def judge_tokenizer(model: VideoLM, clips: int = 128) -> dict[str, float]:
+    """Reconstruction PSNR of the tokenizer on Zoetrope validation, how its codes are used, and the share of the rarer
+    value of the least used bit of their numbers."""
+    tokenizer = model.tokenizer
+    world = Zoetrope("validation", size=model.shape[1:], frames=model.shape[0], fps=model.fps)
     ids: list[Tensor] = []
     quality: list[Tensor] = []
     for start in range(0, clips, 8):
@@ -150,11 +132,11 @@ def judge_tokenizer(tokenizer: torch.nn.Module, clips: int = 128, size: int = 64
     flat = torch.cat(ids).flatten()
     bits = max((tokenizer.vocabulary - 1).bit_length(), 1)
     ones = [float(((flat >> bit) & 1).float().mean()) for bit in range(bits)]
-    counts = torch.bincount(flat, minlength=tokenizer.vocabulary).float()
-    share = counts[counts > 0] / counts.sum()
+    counts = flat.unique(return_counts=True)[1]
+    share = counts / counts.sum()
     return {
         "psnr": float(torch.cat(quality).mean()),
-        "codes_used": int((counts > 0).sum()),
+        "codes_used": len(counts),
         "perplexity": float((-(share * share.log()).sum()).exp()),
         "least_used_bit": min(min(one, 1 - one) for one in ones),
     }

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from reelm.engine.callbacks import EMA, LAST, Checkpoint, Export, FiniteLoss, Progress
+from reelm.engine.callbacks import EMA, LAST, Checkpoint, Export, FiniteLoss, Progress, SameValidation, was_terminated
 
 SIGTERM_STATUS = 143
 
@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
 
 def callbacks(output: Path, ema: float, save_minutes: float, save_steps: int | None) -> list[L.Callback]:
     """What each run has; the order matters: `Export` must see the averaged weights."""
-    parts: list[L.Callback] = [FiniteLoss(), Export(output), Progress(), LearningRateMonitor("step")]
+    parts: list[L.Callback] = [FiniteLoss(), SameValidation(), Export(output), Progress(), LearningRateMonitor("step")]
     if ema:
         parts.append(EMA(ema))
     return [*parts, Checkpoint(output, save_minutes, save_steps)]
@@ -69,8 +69,8 @@ def check_checkpoint(path: Path) -> None:
         raise ValueError(f"{path} is no checkpoint of this program: it has no {missing[0]}; delete it to start anew")
 
 
-def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:
-    """Fits and exports; returns the exit status (143 when a SIGTERM ended it early, as shells expect)."""
+def check_output(output: Path, resume: bool) -> None:
+    """An error where there is nothing to resume, or a run that would be overwritten."""
     checkpoint = output / LAST
     if resume and not checkpoint.is_file():
         raise FileNotFoundError(f"resume=true but there is no {checkpoint}; name the run's folder by output=...")
@@ -78,6 +78,11 @@ def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         raise FileExistsError(f"{checkpoint} exists; continue it with resume=true or choose another output=...")
     if resume:
         check_checkpoint(checkpoint)
+
+
+def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:
+    """Fits and exports; returns the exit status (143 when a SIGTERM ended it early, as shells expect)."""
+    checkpoint = output / LAST
     if trainer.accelerator.__class__.__name__ == "CPUAccelerator":
         keep_freed_memory()
     try:
@@ -88,7 +93,4 @@ def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         raise ValueError(
             f"{checkpoint} is of a model of another shape; give the settings it was trained with"
         ) from error
-    terminated = any(getattr(part, "terminated", False) for part in trainer.callbacks)
-    if not terminated and trainer.is_global_zero:
-        module.export(output / "model", step=trainer.global_step)
-    return SIGTERM_STATUS if terminated else 0
+    return SIGTERM_STATUS if was_terminated(trainer) else 0

@@ -35,6 +35,7 @@ NEEDS = {  # what each task cannot do without
     "outpainting": ("video",),
     "stylization": ("video", "prompt"),
 }
+ALSO = {"inpainting": ("start",), "outpainting": ("start",), "stylization": ("start",)}  # what it can be told as well
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class Inputs:
         if missing:
             raise ValueError(f"task={task} needs {' and '.join(f'{name}=...' for name in missing)}")
         if not 0.2 <= self.keep < 1:
-            raise ValueError(f"keep={self.keep} is the share of the frame that the clip fills; give 0.2 to 0.95")
+            raise ValueError(f"keep={self.keep}, the share of the frame that the clip fills, is from 0.2 to below 1")
+        for name in ("image", "last", "video", "mask", "start"):
+            if getattr(self, name) and name not in (*NEEDS.get(task, ()), *ALSO.get(task, ())):
+                raise ValueError(f"task={task} has no use for {name}={getattr(self, name)}; leave it out")
 
 
 def whole_length(frames: int, step: int, note: Callable[[str], None]) -> int:

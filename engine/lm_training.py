@@ -24,7 +24,8 @@ from reelm.tokenizers.text import SentencePieceText, T5Text
 
 def train_text(source: ClipSource, vocabulary: int, captions: int = 4000) -> SentencePieceText:
     """A text model for the captions of a source (evenly spaced ones, clips' and images')."""
-    indices = [i * len(source) // captions for i in range(min(captions, len(source)))]
+    count = min(captions, len(source))
+    indices = [i * len(source) // count for i in range(count)]
     texts = [source.caption(i) for i in indices] + [source.caption(i, 1) for i in indices]
     return SentencePieceText.train([text for text in texts if text] or ["a video"], vocabulary)
 
@@ -62,7 +63,8 @@ class LMTraining(L.LightningModule):
         self.video_tokenizer = [store.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
         self.task, self.optimisation = task, optimisation
         self.tasks = {part.name: part for part in tasks_of(task)}
-        self.text, self.text_drop, self.compile_blocks, self.sampling = text, text_drop, compile, sampling
+        self.text = [text]  # in a list as well: T5 has weights
+        self.text_drop, self.compile_blocks, self.sampling = text_drop, compile, sampling
         pieces = text if isinstance(text, int) else text.vocabulary
         vocabulary = Vocabulary(visual=self.video_tokenizer[0].vocabulary, text=pieces)
         self.lm = LanguageModel(lm, head(vocabulary=vocabulary, width=lm.width))
@@ -76,9 +78,17 @@ class LMTraining(L.LightningModule):
 
     def start_from(self, folder: str | Path) -> None:
         """Begins with the weights and the text model of an exported model, which may be smaller than this one."""
+        if not (Path(folder) / "lm").is_dir():
+            raise FileNotFoundError(f"no lm/ in {folder}; init=... names the folder that holds lm/")
+        made_of = store.read_json(Path(folder) / "config.json").get("tokenizer")
+        if made_of != self.tokenizer_hash:
+            raise ValueError(
+                f"{folder} was trained on tokens of another tokenizer ({made_of}, this one is {self.tokenizer_hash}); "
+                "give the same stage.tokenizer=..."
+            )
         store.grow(self.lm, folder, "lm")
         text = Path(folder) / "text.model"
-        if isinstance(self.text, int) and text.is_file():
+        if isinstance(self.text[0], int) and text.is_file():
             self._read_with(SentencePieceText(text))
 
     def _read_with(self, text: SentencePieceText) -> None:
@@ -88,14 +98,15 @@ class LMTraining(L.LightningModule):
                 f"the text model of the weights to go on from has {text.vocabulary} word pieces; "
                 f"set stage.text to that or more, it is {self.lm.head.vocabulary.text}"
             )
-        self.text = text
+        self.text = [text]
         if self.model is not None:
             self.model.text = self.model.packer.text = text
 
     def setup(self, stage: str) -> None:
         data: ClipData = self.trainer.datamodule
         if self.model is None:
-            text = train_text(data.train, self.text) if isinstance(self.text, int) else self.text
+            text = self.text[0]
+            text = train_text(data.train, text) if isinstance(text, int) else text
             first = data.train.get(0)
             shape = (first.frames, *first.size)
             model = VideoLM(self.video_tokenizer[0], text, self.lm, self.tasks, shape, first.fps, self.sampling)
@@ -114,6 +125,8 @@ class LMTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.video_tokenizer[0].to(self.device)
+        if isinstance(self.text[0], T5Text):
+            self.text[0].to(self.device)
         if self.compile_blocks:
             for block in self.lm.transformer.blocks:
                 block.compile(dynamic=True)  # lengths and prefixes differ from batch to batch
@@ -142,12 +155,12 @@ class LMTraining(L.LightningModule):
         self.log(f"val/{batch.name}", metrics["nll"], batch_size=size, sync_dist=True)
 
     def samples(self) -> tuple[Tensor, list[str], float] | None:
-        """Four clips from validation prompts, the prompts, and the frame rate."""
+        """Clips from up to four validation prompts, the prompts, and the frame rate."""
         source = self.trainer.datamodule.validation
         task = next((t for t in self.tasks.values() if t.frames != 1 and not t.controls), None)
         if task is None:
             task = next(iter(self.tasks.values()))
-        clips = [source.get(i, frames=task.frames, controls=task.controls) for i in range(4)]
+        clips = [source.get(i, frames=task.frames, controls=task.controls) for i in range(min(4, len(source)))]
         given = task.split(clips[0].stack(clips))[0]
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for each layer's cache
             sample = self.model.generate(given, task.name, self.sampling, seed=0)
@@ -168,7 +181,9 @@ class LMTraining(L.LightningModule):
                 f"this one is {self.tokenizer_hash}); give the same stage.tokenizer=..., "
                 "or start anew with resume=false"
             )
-        if isinstance(self.text, int):
+        if isinstance(self.text[0], int):
+            if "text_model" not in checkpoint:
+                raise ValueError("the checkpoint holds no text model; begin a new run from its model by init=...")
             self._read_with(SentencePieceText(checkpoint["text_model"].numpy().tobytes()))
 
     def configure_optimizers(self) -> dict:

@@ -94,8 +94,10 @@ class Optimisation:
         lr: peak learning rate.
         muon: Muon for the weight matrices and convolutions inside the network, which needs clearly fewer steps on small
             models; embeddings, norms and heads stay with AdamW.
+        weight_decay: of matrices; vectors have none. betas: of AdamW.
         warmup: steps of linear warm-up.
-        schedule: "cosine", "wsd" or "constant".
+        schedule: "cosine", "wsd" or "constant". cooldown: share of the steps in which "wsd" decays. floor: where
+            a decay ends, as a share of `lr`.
     """
 
     def __init__(
@@ -125,6 +127,8 @@ class Optimisation:
 
         apart: parameter groups with settings of their own, such as a discriminator's; AdamW takes them.
         """
+        if total_steps < 1 and self.schedule != "constant":
+            raise ValueError(f"the schedule {self.schedule} needs an end; set trainer.max_steps, or schedule=constant")
         kinds = (nn.Linear, nn.Conv3d)
         inside = inner.modules() if self.muon and inner is not None else ()
         matrices = [m.weight for m in inside if isinstance(m, kinds) and m.weight.requires_grad]

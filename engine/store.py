@@ -129,19 +129,30 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} holds weights of another model: {str(error).splitlines()[-1].strip()}") from None
 
 
+def part_of(folder: str | Path, part: str) -> Path:
+    """The sub-folder of a whole model in which a part of it is, or the folder itself where it is of that part."""
+    return Path(folder) / part if (Path(folder) / part).is_dir() else Path(folder)
+
+
 @torch.no_grad()
 def grow(model: nn.Module, folder: str | Path, part: str) -> None:
-    """Begins a model with the weights of a smaller one: that in `folder`, or in its sub-folder `part` if it has one.
+    """Begins a model with the weights of a smaller one (`part_of` a folder).
 
     A larger tensor has the stored one in its first entries; what new inputs contribute is 0, and blocks that the
     smaller model lacks begin as the identity where they can, so that a deeper model computes what the smaller one did.
-    Modules that know better have a method `inflate`: an image tokenizer becomes one of video.
+    Modules that know better have a method `inflate`: an image tokenizer becomes one of video. Arguments in a module's
+    `cannot_grow` lay out its weights, so that the first entries of a larger tensor would be others.
 
     Raises ValueError where the stored model is no smaller one.
     """
-    folder = Path(folder) / part if (Path(folder) / part).is_dir() else Path(folder)
+    folder = part_of(folder, part)
     small = load(folder)
     weights, own, parts = small.state_dict(), model.state_dict(), dict(small.named_modules())
+    for name, module in model.named_modules():
+        for argument in getattr(module, "cannot_grow", ()) if name in parts else ():
+            here, there = (getattr(each, argument, None) for each in (module, parts[name]))
+            if here != there:
+                raise ValueError(f"{folder} has {argument}={there}, which cannot grow to {here}; set the same")
     for name, module in reversed(list(model.named_modules())):  # a whole after its parts
         if hasattr(module, "inflate") and name in parts:
             module.inflate(weights, name, parts[name])
@@ -192,7 +203,6 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in sorted(model.state_dict().items()):
         if name.partition(".")[0] in ignored:
             continue
-        # bfloat16 rounding absorbs what storage does to the weights only where storage is bfloat16; int8 is saved once
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -74,7 +74,10 @@ class TokenizerTraining(L.LightningModule):
             raise ValueError(f"reconstruction is one of {', '.join(ERRORS)}; got {reconstruction}")
         if part not in ("all", "decoder"):
             raise ValueError(f"part is all or decoder; got {part}")
-        self.reconstruction, self.frames = reconstruction, frames
+        if entropy_steps < 1:
+            raise ValueError(f"entropy_steps={entropy_steps} must be 1 or more; entropy_boost=0 turns the boost off")
+        self.reconstruction, self.frames, self.part = reconstruction, frames, part
+        self._begun = part == "all"  # a decoder of a random encoder would be of no use
         if part == "decoder":
             tokenizer.eval().requires_grad_(False)  # eval: the codes of a vector quantizer follow what they stand for
             tokenizer.decoder.train().requires_grad_(True)
@@ -82,7 +85,21 @@ class TokenizerTraining(L.LightningModule):
 
     def start_from(self, folder: str | Path) -> None:
         """Begins with the weights of an exported model, which may be smaller than this one."""
+        found = store.part_of(folder, "tokenizer")
         store.grow(self.tokenizer, folder, "tokenizer")
+        if self.part == "decoder" and store.fingerprint(self.tokenizer) != store.fingerprint(store.load(found)):
+            raise ValueError(
+                f"stage.part=decoder keeps the tokens, but {found} has another encoder or quantizer than is set here; "
+                "give the same tokenizer=... and quantizer=..."
+            )
+        self._begun = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._begun = True
+
+    def on_fit_start(self) -> None:
+        if not self._begun:
+            raise ValueError("stage.part=decoder goes on from a trained tokenizer; name its folder by init=...")
 
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Named, unweighted terms; the reconstruction; the ids."""
@@ -127,7 +144,7 @@ class TokenizerTraining(L.LightningModule):
         if idle := idle_bits(ids, self.tokenizer.vocabulary):
             rank_zero_warn(
                 f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
-                "idle; raise entropy_weight or lower the learning rate"
+                "idle; lower the learning rate or, with lookup-free quantization, raise entropy_weight"
             )
         counts = ids.unique(return_counts=True)[1]
         share = counts / counts.sum()

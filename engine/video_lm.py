@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,13 @@ class VideoLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
         """Writes `tokenizer/`, `lm/`, `text.model` and, last, `config.json`. The tokenizer keeps its own precision, so
-        that its tokens stay those that the language model was trained on."""
-        if not isinstance(self.text, SentencePieceText):
-            raise ValueError("a model that reads T5 vectors is saved without the T5 encoder; keep its folder beside it")
+        that its tokens stay those that the language model was trained on. Of a T5 encoder only the place is written."""
         folder = Path(folder)
         store.save(self.tokenizer, folder / "tokenizer")
         store.save(self.lm, folder / "lm", dtype)
-        with whole_file(folder / "text.model") as part:
-            part.write_bytes(self.text.model)
+        if isinstance(self.text, SentencePieceText):
+            with whole_file(folder / "text.model") as part:
+                part.write_bytes(self.text.model)
         config = {
             "tokenizer": store.fingerprint(self.tokenizer),
             "tasks": store.describe(self.tasks),
@@ -73,6 +73,8 @@ class VideoLM(nn.Module):
             "sampling": vars(self.sampling),
             "notes": notes or {},
         }
+        if isinstance(self.text, T5Text):
+            config["t5"] = {"path": os.path.abspath(self.text.path), "dtype": self.text.dtype}
         with whole_file(folder / "config.json") as part:
             part.write_text(json.dumps(config, indent=1) + "\n")
 
@@ -92,7 +94,7 @@ class VideoLM(nn.Module):
             sampling = Sampling(**config["sampling"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a video language model: {error}") from None
-        text = SentencePieceText(folder / "text.model")
+        text = T5Text(**config["t5"]) if "t5" in config else SentencePieceText(folder / "text.model")
         return cls(tokenizer, text, store.load(folder / "lm"), tasks, shape, fps, sampling).eval()
 
     def task(self, name: str) -> Task:

@@ -1,22 +1,16 @@
 """Scores a Zoetrope clip by the attributes that its prompt asked for.
 
-A model's score means something beside `reference`, what the judge says of true clips and of true clips with the
-captions of others, and beside the score of the tokenizer's reconstructions of true clips.
+A model's score means something beside what the judge says of true clips, of the model's clips with the captions of
+others, and of the tokenizer's reconstructions of true clips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-from torch import Tensor
+from collections.abc import Sequence
 
 from reelm.data.zoetrope.captions import Attributes
-from reelm.data.zoetrope.render import render
-from reelm.data.zoetrope.scene import Scene, sample_scene
-from reelm.evaluation.zoetrope_reading import Reading, Seen, read
-
-__all__ = ["ATTRIBUTES", "Reading", "Seen", "evaluate", "read", "reference", "score"]
+from reelm.data.zoetrope.scene import Scene
+from reelm.evaluation.zoetrope_reading import Reading, Seen
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "motion", "camera", "background", "style")
 
@@ -60,32 +54,23 @@ def _paired(seen: Sequence[Seen], asked: Attributes) -> list[Seen | None]:
     return [rest.pop(0) if one is None and rest else one for one in pairs]
 
 
-def evaluate(clips: Iterable[np.ndarray | Tensor], asked: Iterable[Scene | Attributes]) -> dict[str, float]:
-    """The share of right attributes over clips and what each was asked to show, by attribute and over all ("all")."""
-    return _shares(score(read(clip), want) for clip, want in zip(clips, asked, strict=True))
+class Tally:
+    """Counts of right answers by attribute, over all scenes and over those of one object."""
 
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], list[int]] = {}
 
-def _shares(scores: Iterable[dict[str, tuple[int, int]]]) -> dict[str, float]:
-    totals: dict[str, np.ndarray] = {}
-    for one in scores:
-        for name, pair in one.items():
-            totals[name] = totals.get(name, np.zeros(2)) + pair
-    shares = {name: float(totals[name][0] / totals[name][1]) for name in ATTRIBUTES if name in totals}
-    if totals:
-        right, total = sum(totals.values())
-        shares["all"] = float(right / total)
-    return shares
+    def add(self, reading: Reading, asked: Scene | Attributes) -> None:
+        for name, (right, total) in score(reading, asked).items():
+            for scenes in ("all", "one object") if len(asked.objects) == 1 else ("all",):
+                for attribute in (name, "all"):
+                    count = self.counts.setdefault((scenes, attribute), [0, 0])
+                    count[0] += right
+                    count[1] += total
 
-
-def reference(
-    count: int = 200, split: str = "validation", frames: int = 17, seed: int = 0
-) -> dict[str, dict[str, float]]:
-    """What the judge makes of `count` true clips ("true": 1 minus its own error), and of the same clips when each is
-    asked to be the next ("shuffled": chance)."""
-    scenes = [sample_scene(seed, split, i, still=frames == 1, seconds=frames / 8) for i in range(count)]
-    readings = [read(render(scene, frames)) for scene in scenes]
-    others = scenes[1:] + scenes[:1]
-    return {
-        "true": _shares(map(score, readings, scenes)),
-        "shuffled": _shares(map(score, readings, others)),
-    }
+    def shares(self) -> dict[str, dict[str, float]]:
+        """`{"all": {attribute: share}, "one object": {...}}`; the attribute "all" is over all attributes."""
+        result: dict[str, dict[str, float]] = {}
+        for (scenes, attribute), (right, total) in self.counts.items():
+            result.setdefault(scenes, {})[attribute] = round(right / total, 4)
+        return result

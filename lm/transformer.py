@@ -149,6 +149,8 @@ class Transformer(nn.Module):
         context_width: size of embedded context vectors that are projected into `Special.text` columns; 0: none.
     """
 
+    cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
+
     def __init__(
         self,
         width: int = 256,

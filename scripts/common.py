@@ -44,10 +44,6 @@ def program(config: str, words: Sequence[str] = ()) -> Callable[[Callable[[DictC
                 return task(cfg)
             except (HydraException, OmegaConfBaseException) as error:
                 raise ValueError(reason(error)) from error
-            except Exception as error:
-                if type(error).__name__ != "MisconfigurationException":  # Lightning's, which not all programs import
-                    raise
-                raise ValueError(first_line(error)) from error
 
         start = hydra.main(version_base=None, config_path=f"pkg://{CONFIGS}", config_name=config)(run)
 

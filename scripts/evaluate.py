@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     tasks = list(cfg.tasks) if cfg.tasks else None
     for task in tasks or ():
         model.task(task)
-    results = {"model": str(cfg.model), "tokenizer": judge_tokenizer(model.tokenizer)}
+    results = {"model": str(cfg.model), "tokenizer": judge_tokenizer(model)}
     print("tokenizer", {name: round(value, 4) for name, value in results["tokenizer"].items()})
     sheets = Path(cfg.sheets) if cfg.sheets else None
     results |= evaluate(model, tasks, tuple(cfg.splits), cfg.clips, cfg.batch, sheets)

@@ -14,6 +14,7 @@ from reelm.scripts.common import output_of, program
 def main(cfg: DictConfig) -> float | None:
     lightning.seed_everything(cfg.seed, verbose=False)
     output = output_of(cfg)
+    fit.check_output(output, cfg.resume)
     data, module = instantiate(cfg.data), instantiate(cfg.stage)
     if cfg.init and not cfg.resume:
         module.start_from(cfg.init)

@@ -19,3 +19,27 @@ def fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory):
+    """A tiny random T5 encoder with a unigram model, as T5's own are."""
+    import sentencepiece
+    from transformers import T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    things = [
+        f"{colour} {shape}" for colour in ("red", "green", "blue", "white") for shape in ("circle", "star", "box")
+    ]
+    captions = [
+        f"A {thing} {motion} on a night sky." for thing in things for motion in ("moves left", "bounces", "spins")
+    ]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions), model_prefix=str(folder / "spiece"), vocab_size=50, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model")).vocab_size()
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    T5EncoderModel(T5Config(vocab_size=pieces, dropout_rate=0.5, **size)).save_pretrained(folder)
+    return folder

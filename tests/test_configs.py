@@ -63,14 +63,25 @@ def test_language_models_have_the_size_they_say(size):
     assert low < sum(p.numel() for p in lm.parameters()) / 1e6 < high
 
 
-@pytest.mark.parametrize("quantizer, head", [("lfq", "categorical"), ("fsq", "factorized"), ("lfq", "chained")])
+@pytest.mark.parametrize(
+    "quantizer, head",
+    [
+        (["quantizer=lfq", "quantizer.bits=12"], ["head=categorical"]),
+        (["quantizer=fsq", "quantizer.levels=[8,8,8,8]"], ["head=factorized", "head.bits=[6,6]"]),
+        (["quantizer=lfq"], ["head=chained"]),
+        (["quantizer=fsq"], ["head=chained", "head.bits=[9,9]"]),
+        (["quantizer=vq", "quantizer.levels=2"], ["head=chained", "head.bits=[10,10]"]),
+    ],
+)
 def test_heads_fit_quantizers(quantizer, head):
-    bits = [] if head == "categorical" else ["head.bits=[6,6]"]
-    cfg = composed(f"quantizer={quantizer}", f"head={head}", "tokenizer=tiny", "lm=tiny", *bits)
+    cfg = composed(*quantizer, *head, "tokenizer=tiny", "lm=tiny")
     tokenizer, transformer = instantiate(cfg.tokenizer), instantiate(cfg.lm)
     made = instantiate(cfg.head)(vocabulary=Vocabulary(visual=tokenizer.vocabulary, text=64), width=transformer.width)
-    ids = torch.arange(made.vocabulary.size)[None]
-    assert made.embed(ids).shape == (1, made.vocabulary.size, transformer.width)
+    assert made.size == tokenizer.vocabulary
+    ids = torch.cat([torch.arange(64), torch.randint(made.vocabulary.size, (500,))])[None]
+    assert made.embed(ids).shape == (1, 564, transformer.width)
+    hidden, codes = torch.randn(1, 564, transformer.width), torch.randint(made.size, (1, 564)) + made.offset
+    assert made.loss(hidden, codes, torch.ones(1, 564, dtype=torch.bool))[0].isfinite()
 
 
 COMPRESSION = {"cvivit": (2, 8, 8), "stvivit": (1, 4, 4), "frame_vq": (1, 8, 8), "conv3d": (4, 4, 4)}

@@ -6,14 +6,14 @@ import torch
 from torch.utils.data import Dataset
 
 from reelm.data.clip import Clip
-from reelm.data.module import Batch, ClipData, Group, GroupedBatches
+from reelm.data.module import Batch, ClipData, Group, GroupedBatches, Requested, in_turn
 
 
 class Numbers(Dataset):
     """Clips that know their index and what was asked of them; captions of 1 to 40 words."""
 
     def __init__(self, length: int = 96) -> None:
-        self.length = length
+        self.length, self.draws = length, []
 
     def __len__(self) -> int:
         return self.length
@@ -24,6 +24,7 @@ class Numbers(Dataset):
     def get(self, index: int, frames: int | None = None, controls=None, draw: int = 0) -> Clip:
         video = torch.full((1, 3, frames or 5, 2, 2), index / self.length)
         made = {name: video[:, :1] for name in controls or ()}
+        self.draws.append(draw)
         return Clip(video, captions=(self.caption(index, frames),), keys=(str(index),), controls=made)
 
 
@@ -156,8 +157,38 @@ def test_loaders_carry_what_the_group_asks_for():
         assert batch.clip.frames == (1 if batch.name == "images" else 5)
         assert set(batch.clip.controls) == (set() if batch.name == "images" else {"depth"})
         assert batch.to("meta").clip.video.is_meta and batch.to("meta").name == batch.name
-    assert sum(1 for _ in data.val_dataloader()) == 16
     assert [content(b) for b in data.val_dataloader()] == [content(b) for b in data.val_dataloader()]
+
+
+def test_the_draw_reaches_the_source():
+    source = Numbers(8)
+    batches = GroupedBatches(source, (Group("a"),), 4, steps=8)
+    requested = Requested(source)
+    for batch in batches:
+        for request in batch:
+            requested[request]
+    assert Counter(source.draws) == {0: 8, 1: 8, 2: 8, 3: 8}
+
+
+def test_making_and_reading_loaders_draws_no_random_numbers():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(islice(loaders(0).train_dataloader(), 2))
+    list(loaders(0).val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("clips, length", [(24, 96), (24, 7), (1, 2), (64, 20)])
+def test_validation_takes_each_group_in_turn(ranks, clips, length):
+    groups = (Group("a"), Group("b", frames=1))
+    parts = [in_turn(Numbers(length), groups, 4, clips, rank, ranks) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1  # or one rank would wait for the others for ever
+    count = min(max(clips // 2, 4 * ranks), length)
+    for name in "ab":
+        seen = [r.index for part in parts for batch in part for r in batch if r.group.name == name]
+        assert set(seen) == set(range(count)) and len(seen) < count + ranks
+    assert all(len({r.group.name for r in batch}) == 1 and 0 < len(batch) <= 4 for part in parts for batch in part)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -135,6 +135,8 @@ def test_the_same_seed_gives_the_same_clip(model):
         ("i2v", Inputs(image="nowhere.png"), {}, "nowhere.png"),
         ("inpainting", Inputs(video="CLIP", mask="SMALL"), {}, "as large as the video"),
         ("inpainting", Inputs(video="CLIP", mask="BLACK"), {}, "all black"),
+        ("t2v", Inputs(prompt="a red star", image="CLIP"), {}, "task=t2v has no use for image="),
+        ("continuation", Inputs(video="CLIP", start=1.0), {}, "task=continuation has no use for start=1.0"),
         ("outpainting", Inputs(video="CLIP", keep=1.5), {}, "keep=1.5"),
         ("interpolation", Inputs(image="PHOTO", last="PHOTO"), {"frames": 33}, "up to 9 frames"),
         ("dance", Inputs("x"), {}, "dance"),

@@ -18,7 +18,7 @@ from reelm.engine.callbacks import LAST, moving_average
 
 STEPS = 6
 SETTINGS = (
-    f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}", "data.batch_size=2", "data.workers=0",
+    f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS // 2}", "data.batch_size=2", "data.workers=0",
     "data.validation_clips=2", "tokenizer=tiny", "quantizer.bits=12", "lm=tiny", "stage.text=400",
     "trainer.accelerator=cpu", "trainer.precision=32-true", "ema=0.9", "+data.train.length=100", "save_minutes=1000",
     "+trainer.enable_progress_bar=false",
@@ -50,6 +50,7 @@ def train(output: Path, *overrides: str, resume: bool = False, end_after: int | 
     settings = [s for s in SETTINGS if "stage=lm" in overrides or not s.startswith("stage.text")]
     with initialize_config_module("reelm.conf", version_base=None):
         cfg = compose("train", [*settings, f"output={output}", *overrides])
+    fit.check_output(output, resume)
     L.seed_everything(1000 if resume else cfg.seed, verbose=False)  # a resumed run must not lean on its seed
     watch = Watch(end_after)
     data, module = instantiate(cfg.data), instantiate(cfg.stage)

@@ -94,7 +94,8 @@ def test_a_language_model_is_trained_on_the_mixture(tokenizer, tmp_path):
     assert program("train", *LM, f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", *TINY) == 0
     model = VideoLM.from_pretrained(tmp_path / "model")
     assert {"t2v", "t2i", "i2v", "stylization"} <= set(model.tasks)
-    assert "val/nll" in (tmp_path / "logs/metrics.csv").read_text()
+    logged = (tmp_path / "logs/metrics.csv").read_text()
+    assert "val/nll" in logged and all(f"val/{name}" in logged for name in model.tasks)
 
 
 def test_weights_keep_the_text_model_they_were_trained_with(tokenizer, tmp_path):
@@ -108,6 +109,28 @@ def test_weights_keep_the_text_model_they_were_trained_with(tokenizer, tmp_path)
     assert len(list((tmp_path / "first/logs").glob("metrics*.csv"))) == 2
     assert program("train", *common, f"output={tmp_path}/second", f"init={tmp_path}/first/model") == 0
     assert (tmp_path / "second/model/text.model").read_bytes() == text
+
+
+def test_prompts_can_be_read_by_t5(tokenizer, t5_folder, tmp_path):
+    text = f"stage.text={{_target_:reelm.tokenizers.text.T5Text,path:{t5_folder}}}"
+    common = ("stage=lm", text, "lm.context_width=32", "task=t2v", f"stage.tokenizer={tokenizer}/model", *TINY)
+    assert program("train", *common, f"output={tmp_path}") == 0
+    assert not any("encoder.block" in name for name in torch.load(tmp_path / "last.ckpt")["state_dict"])
+    assert program("train", *common, f"output={tmp_path}", "resume=true", "trainer.max_steps=3") == 0
+    assert VideoLM.from_pretrained(tmp_path / "model").generate("a red star").video.shape == (1, 3, 17, 64, 64)
+
+
+def test_weights_to_begin_with_must_fit(tokenizer, tmp_path, capfd):
+    only = ("stage=tokenizer", "stage.part=decoder", f"output={tmp_path}", *TINY)
+    assert program("train", *only) == 2 and "goes on from a trained tokenizer" in error_line(capfd)
+    assert program("train", *only, f"init={tokenizer}/model", "quantizer.bits=13") == 2
+    assert "keeps the tokens" in error_line(capfd)
+    other = ("task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", *LM, *TINY)
+    assert program("train", *other, "init=pretrained/zoetrope") == 2
+    assert "trained on tokens of another tokenizer" in error_line(capfd)
+    assert program("train", *other, "init=pretrained/zoetrope/lm") == 2
+    assert "init=... names the folder that holds lm/" in error_line(capfd)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):
@@ -159,16 +182,21 @@ def test_a_traceback_can_be_asked_for():
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_lightning_command_line(tmp_path):
+def test_lightning_command_line(tmp_path, capfd):
     small = "--model.init_args.tokenizer.init_args"
-    status = program(
-        "cli", "fit", f"--config={ROOT}/conf/cli/tokenizer.yaml", "--trainer.max_steps=2", "--trainer.accelerator=cpu",
+    arguments = (
+        "fit", f"--config={ROOT}/conf/cli/tokenizer.yaml", "--trainer.max_steps=2", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.val_check_interval=2",
         "--data.batch_size=2", "--data.workers=0", "--data.validation_clips=2", f"--export.folder={tmp_path}",
         f"{small}.channels=[16,16]", f"{small}.blocks=[1,1]",
     )  # fmt: skip
-    assert status == 0
+    assert program("cli", *arguments) == 0
     assert store.load(tmp_path / "model").vocabulary == 4096 and (tmp_path / "last.ckpt").is_file()
+    assert program("cli", *arguments) == 2
+    assert f"continue it with --ckpt_path={tmp_path}/last.ckpt" in error_line(capfd)
+    again = ("--trainer.max_steps=3", f"--ckpt_path={tmp_path}/last.ckpt")
+    assert program("cli", *arguments, *again) == 0
+    assert json.loads((tmp_path / "model/config.json").read_text())["notes"] == {"step": 3}
 
 
 def test_lightning_command_line_trains_language_models(tokenizer, tmp_path):
@@ -180,6 +208,7 @@ def test_lightning_command_line_trains_language_models(tokenizer, tmp_path):
         "--model.init_args.lm.init_args.depth=1", "--model.init_args.lm.init_args.heads=2",
     )  # fmt: skip
     assert status == 0 and (tmp_path / "last.ckpt").is_file()
+    assert VideoLM.from_pretrained(tmp_path / "model").tasks.keys() == {"t2v"}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +219,11 @@ def test_lightning_command_line_trains_language_models(tokenizer, tmp_path):
         (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--trainer.max_steps=few"], "few"),
         (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--model.init_args.optimisation.init_args.lrr=1"], "'lrr'"),
         (["fitt"], "'fitt'"),
+        (["fit", f"--config={ROOT}/conf/cli/tokenizer.yaml", "--trainer.accelerator=tpu"], "TPU"),
+        (
+            ["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--model.init_args.tokenizer=nowhere"],
+            "error: no model at nowhere",
+        ),
     ],
 )
 def test_mistakes_in_the_lightning_command_line_are_one_line(arguments, message, capfd):

@@ -12,6 +12,7 @@ from torch import nn
 from reelm.engine import store
 from reelm.lm.heads import Categorical
 from reelm.lm.language_model import LanguageModel
+from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
@@ -280,3 +281,24 @@ def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
         refused(tmp_path, "holds weights of another model")
     save_file(good, weights)
     assert math.isfinite(sum(p.sum().item() for p in store.load(tmp_path).parameters()))
+
+
+def test_what_lies_together_in_one_matrix_does_not_grow(tmp_path):
+    def language_model(width: int, depth: int) -> LanguageModel:
+        vocabulary = Vocabulary(visual=64, text=16)
+        return LanguageModel(Transformer(width, depth, heads=2), Categorical(vocabulary, width))
+
+    small = language_model(16, 1)
+    store.save(small, tmp_path)
+    with pytest.raises(ValueError, match="width=16, which cannot grow to 32"):
+        store.grow(language_model(32, 1), tmp_path, "lm")
+    deeper, ids = language_model(16, 3), torch.randint(300, (2, 9))
+    store.grow(deeper, tmp_path, "lm")
+    places = torch.arange(9)[None, :, None].expand(2, -1, 3)
+    sequence = Sequence(ids, places, prefix=2)
+    torch.testing.assert_close(deeper(sequence), small(sequence))
+    store.save(grown(FSQ((4, 4)), 1), tmp_path / "video")
+    with pytest.raises(ValueError, match=r"patch=\(4, 4, 4\), which cannot grow to \(8, 4, 4\)"):
+        wider = MAGVIT2(FSQ((4, 4)), patch=(8, 4, 4), channels=(8, 8), strides=((1, 2, 2),), blocks=(1, 1),
+                        kernels=((1, 3, 3), (3, 3, 3)))  # fmt: skip
+        store.grow(wider, tmp_path / "video", "tokenizer")

@@ -1,7 +1,6 @@
 import warnings
 
 import pytest
-import sentencepiece
 import torch
 
 from reelm.tokenizers.text import END, PAD, SentencePieceText, T5Text, pad_to_multiple
@@ -83,31 +82,6 @@ def test_padding_to_a_multiple():
     assert pad_to_multiple([[]]).shape == (1, 8)
     assert pad_to_multiple([list(range(99))]).tolist() == [list(range(64))]
     assert pad_to_multiple([[1]]).dtype == torch.long
-
-
-@pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory):
-    """A tiny random encoder with a unigram model, as T5's own are."""
-    from transformers import T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=50,
-        hard_vocab_limit=False,
-        pad_id=PAD,
-        eos_id=END,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    pieces = SentencePieceText(folder / "spiece.model")
-    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = T5Config(vocab_size=pieces.vocabulary, dropout_rate=0.5, **size)
-    T5EncoderModel(config).save_pretrained(folder)
-    return folder
 
 
 def test_t5_embeds_a_prompt_whatever_it_is_batched_with(t5_folder):

@@ -94,7 +94,11 @@ def test_constant_clips_raise_the_alarm():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"reconstruction": "l3"}, "l2, l1, psnr; got l3"), ({"part": "encoder"}, "all or decoder; got encoder")],
+    [
+        ({"reconstruction": "l3"}, "l2, l1, psnr; got l3"),
+        ({"part": "encoder"}, "all or decoder; got encoder"),
+        ({"entropy_steps": 0}, "entropy_steps=0 must be 1 or more"),
+    ],
 )
 def test_unknown_choices_are_named(options, message):
     with pytest.raises(ValueError, match=message):

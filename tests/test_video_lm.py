@@ -18,7 +18,7 @@ from reelm.tasks.painting import Painting
 from reelm.tasks.task import Given
 from reelm.tokenizers.magvit2 import MAGVIT2
 from reelm.tokenizers.quantizers import LFQ
-from reelm.tokenizers.text import SentencePieceText
+from reelm.tokenizers.text import SentencePieceText, T5Text
 
 PROMPTS = ["a red star moves left", "a blue circle", "a green heart"]
 SHAPE = (9, 16, 16)
@@ -190,11 +190,14 @@ def test_generation_leaves_the_global_chance_alone(model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_text_model_that_is_not_ours_is_not_saved(model, tmp_path):
-    class Text:
-        vocabulary = model.text.vocabulary
-
-    other = VideoLM(model.tokenizer, Text(), model.lm, model.tasks, SHAPE)
-    with pytest.raises(ValueError, match="without the T5 encoder"):
-        other.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+def test_of_a_t5_encoder_the_place_is_kept(model, t5_folder, tmp_path):
+    vocabulary = Vocabulary(visual=model.tokenizer.vocabulary)
+    lm = LanguageModel(Transformer(32, 1, 2, context_width=32), Categorical(vocabulary, 32)).eval()
+    VideoLM(model.tokenizer, T5Text(t5_folder), lm, model.tasks, SHAPE).save_pretrained(tmp_path / "model")
+    again = VideoLM.from_pretrained(tmp_path / "model")
+    assert again.generate("a red star").video.shape[2:] == SHAPE and not (tmp_path / "model/text.model").exists()
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["t5"]["path"] = "nowhere"
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match="no config.json in nowhere; T5Text takes a local folder"):
+        VideoLM.from_pretrained(tmp_path / "model")

@@ -115,10 +115,10 @@ class Adversary(nn.Module):
         discriminator: from videos to scores.
         kind: "non_saturating" or "hinge".
         weight: of the generator's term.
-        r1: weight of the gradient penalty; every: steps between penalties, each of which counts as many times
+        r1: weight of the gradient penalty; every: batches between penalties, each of which counts as many times
             (arXiv:1912.04958, section 4.1).
         lecam: weight of the regularisation towards the moving averages of scores (arXiv:2104.03310); decay: theirs.
-        start: steps before the generator listens; the discriminator learns from the first one on.
+        start: batches before the generator listens; the discriminator learns from the first one on.
         lr: learning rate of the discriminator at its peak.
     """
 

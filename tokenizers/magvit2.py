@@ -206,6 +206,7 @@ class MAGVIT2(VideoTokenizer):
         adaptive: a norm told by the latents before the decoder's blocks of each level, as in the paper.
     """
 
+    cannot_grow = ("patch",)
     decoding_only = ("decoder", "blocks", "kernels", "adaptive")  # parts and arguments on which no token depends
 
     def __init__(

@@ -158,6 +158,7 @@ class ViViT(VideoTokenizer):
         window: latent frames that attention in time looks back over, its own among them.
     """
 
+    cannot_grow = ("patch", "width", "heads", "layers", "decoder_layers", "window")
     decoding_only = ("decoder", "decoder_layers")  # parts and arguments on which no token depends
 
     def __init__(
