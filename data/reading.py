@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from reelm.data.decoding import Decoder, Limits, Source, Timed, VideoError
 from reelm.data.fitting import Fit, Fitter, Orientation, Size, pixel_aspect
 
 LIMITS = Limits()
+Short = Literal["error", "repeat", "shorter"]
 __all__ = ["Limits", "VideoError", "VideoInfo", "VideoReader", "probe", "read_image", "read_video"]
 
 
@@ -125,7 +126,7 @@ class VideoReader:
         start: float = 0.0,
         fit: Fit = "crop",
         crop_at: tuple[float, float] = (0.5, 0.5),
-        short: Literal["error", "repeat"] = "error",
+        short: Short = "error",
         audio: bool = False,
         audio_rate: int = 16000,
         audio_channels: int = 2,
@@ -138,8 +139,8 @@ class VideoReader:
             raise ValueError(f"frames={frames!r} is too few: give 1 or more, or None for all")
         if not 0 <= start < float("inf"):
             raise ValueError(f"start={start!r} must be 0 or more seconds")
-        if short not in ("error", "repeat"):
-            raise ValueError(f"short={short!r} is unknown: use 'error' or 'repeat'")
+        if short not in get_args(Short):
+            raise ValueError(f"short={short!r} is unknown: use 'error', 'repeat' or 'shorter'")
         fitter = Fitter(size, fit, crop_at, decoder.limits.pixels)
         decoder.start_clock()
         rate = fps or float(decoder.rate)
@@ -153,7 +154,8 @@ class VideoReader:
                 chosen = sampled(timed, start, fps, frames)
             pictures = self._fitted(chosen, fitter)
         self._check_length(len(pictures), frames, start, rate, short)
-        pictures += [pictures[-1]] * ((frames or 0) - len(pictures))
+        if short == "repeat":
+            pictures += [pictures[-1]] * ((frames or 0) - len(pictures))
         video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]
         video = video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
         wave = self._sound(start, len(pictures) / rate, audio_rate, audio_channels) if audio else None
@@ -202,7 +204,7 @@ def read_video(
     start: float = 0.0,
     fit: Fit = "crop",
     crop_at: tuple[float, float] = (0.5, 0.5),
-    short: Literal["error", "repeat"] = "error",
+    short: Short = "error",
     audio: bool = False,
     audio_rate: int = 16000,
     audio_channels: int = 2,
@@ -218,7 +220,7 @@ def read_video(
             the source's pixels; None does not.
         start: seconds after the first frame.
         fit, crop_at: how another shape comes to `size` (`Fitter`).
-        short: what a source that ends too early gives: a VideoError, or its last frame repeated.
+        short: what a source that ends too early gives: a VideoError, its last frame repeated, or a shorter clip.
         audio: also read the sound of the same stretch of time, `(1, audio_channels, N)` at `audio_rate` samples a
             second, silent where the track has holes; None where the file has no track.
         limits: what the file may cost.

@@ -281,6 +281,7 @@ def test_pictures_are_clips_of_one_frame(tmp_path):
     with pytest.raises(VideoError, match="is a still image, 17 were asked"):
         read_video(tmp_path / "a.png")
     assert read_video(tmp_path / "a.png", short="repeat").frames == 17
+    assert read_video(tmp_path / "a.png", short="shorter").frames == 1
     assert read_video((tmp_path / "a.png").read_bytes(), frames=1, size=16).size == (16, 16)
 
 
