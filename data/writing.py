@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -23,6 +24,26 @@ VIDEOS = (".mp4", ".webm", ".gif")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 AUDIO_RATES = {".mp4": (16000, 22050, 24000, 32000, 44100, 48000), ".webm": (48000,)}
 BT709 = 1  # the number for these primaries and this transfer curve in ISO/IEC 23091-2
+
+
+def check_output(path: str | os.PathLike[str], known: Sequence[str]) -> Path:
+    """The path, where a file of one of the `known` extensions can be written; makes its folder.
+
+    To be asked before long work. Raises ValueError with one line.
+    """
+    path = Path(path)
+    _suffix(path, known)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output folder {path.parent} cannot be written: {error.strerror}; give another output=..."
+        ) from None
+    if path.is_dir():
+        raise ValueError(f"output={path} is a folder; give the name of a file in it")
+    return path
 
 
 @contextmanager
@@ -98,11 +119,30 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=lasts, loop=0, optimize=False)
 
 
-def _write_container(path: Path, frames: np.ndarray, clip: Clip, suffix: str, quality: int) -> None:
-    rate = Fraction(clip.fps).limit_denominator(100_000)
+def set_format(context: av.VideoCodecContext, height: int, width: int) -> None:
+    """Tells an encoder that it will be given `yuv_frames` of pictures of this size."""
+    context.height, context.width, context.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+    context.color_primaries = context.color_trc = BT709
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+
+
+def yuv_frames(frames: np.ndarray, rate: Fraction) -> Iterator[av.VideoFrame]:
+    """`(T, H, W, 3)` bytes as 4:2:0 in BT.709, `rate` a second; an odd side grows by a pixel that repeats the edge."""
     tall, wide = frames.shape[1] % 2, frames.shape[2] % 2
     if tall or wide:
         frames = np.pad(frames, ((0, 0), (0, tall), (0, wide), (0, 0)), mode="edge")
+    converter = VideoReformatter()
+    for number, frame in enumerate(frames):
+        picture = converter.reformat(
+            av.VideoFrame.from_ndarray(frame, format="rgb24"), format="yuv420p",
+            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1,
+        )  # fmt: skip
+        picture.pts, picture.time_base, picture.duration = number, 1 / rate, 1
+        yield picture
+
+
+def _write_container(path: Path, frames: np.ndarray, clip: Clip, suffix: str, quality: int) -> None:
+    rate = Fraction(clip.fps).limit_denominator(100_000)
     codec, options = {
         ".mp4": ("libx264", {"crf": str(quality), "preset": "medium"}),
         ".webm": ("libvpx-vp9", {"crf": str(quality), "b": "0", "cpu-used": "4", "row-mt": "1"}),
@@ -111,18 +151,9 @@ def _write_container(path: Path, frames: np.ndarray, clip: Clip, suffix: str, qu
     container = {"fflags": "+bitexact"} | ({"movflags": "faststart"} if suffix == ".mp4" else {})
     with av.open(os.fspath(path), "w", format=suffix[1:], options=container) as out:
         stream = out.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        context = stream.codec_context
-        context.color_primaries = context.color_trc = BT709
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        set_format(stream.codec_context, *frames.shape[1:3])
         sound = _add_sound(out, clip, suffix)  # streams must all be there before the first packet
-        converter = VideoReformatter()
-        for number, frame in enumerate(frames):
-            picture = converter.reformat(
-                av.VideoFrame.from_ndarray(frame, format="rgb24"), format="yuv420p",
-                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1,
-            )  # fmt: skip
-            picture.pts, picture.time_base, picture.duration = number, 1 / rate, 1
+        for picture in yuv_frames(frames, rate):
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
         if sound is not None:
@@ -214,6 +245,19 @@ def write_contact_sheet(
     with whole_file(path) as part:
         sheet.save(part)
     return Path(path)
+
+
+def side_by_side(videos: Tensor, labels: Sequence[str], gap: int = 4) -> Tensor:
+    """`(N, 3, T, H, W)` in [-1, 1] as one video `(1, 3, T, H + 16, ...)`: a row on white, a label above each."""
+    count, _, frames, height, width = videos.shape
+    row = torch.ones(1, 3, frames, 16 + height, count * (width + gap) - gap)
+    for number, (video, label) in enumerate(zip(videos, labels)):
+        head = Image.new("RGB", (width, 16), "white")  # of its own, so that a long label ends with its picture
+        ImageDraw.Draw(head).text((0, 0), label, fill="black", font=ImageFont.load_default(size=12))
+        left = number * (width + gap)
+        row[0, :, :, :16, left : left + width] = torch.from_numpy(np.array(head)).permute(2, 0, 1)[:, None] / 127.5 - 1
+        row[0, :, :, 16:, left : left + width] = video
+    return row
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,15 @@ from torch.nn import functional as F
 from reelm.data.clip import Clip
 from reelm.data.controls import control_image, flow, pseudo_depth
 from reelm.data.reading import probe, read_image, read_video
-from reelm.data.writing import PICTURES, VIDEOS, whole_file, write_contact_sheet, write_image, write_video
+from reelm.data.writing import (
+    PICTURES,
+    VIDEOS,
+    check_output,
+    whole_file,
+    write_contact_sheet,
+    write_image,
+    write_video,
+)
 from reelm.engine.store import fingerprint
 from reelm.engine.video_lm import VideoLM, load
 from reelm.lm.sampling import Sampling
@@ -227,15 +234,7 @@ def _outputs(job: Job, task: str) -> tuple[Path, str]:
     allowed = PICTURES if task == "t2i" else VIDEOS
     if path.suffix.lower() not in allowed:
         raise ValueError(f"output={path} ends in {path.suffix or 'nothing'}; task={task} writes {', '.join(allowed)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output folder {path.parent} cannot be written: {error.strerror}; give another output=..."
-        ) from None
-    return path, path.suffix.lower()
+    return check_output(path, allowed), path.suffix.lower()
 
 
 def run_job(job: Job, sampling: Sampling, config: dict) -> list[Path]:

@@ -21,7 +21,7 @@ from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tokens import Tokens
 
-BOX = Path(__file__).parents[1] / "pretrained"
+BOX = Path(__file__).resolve().parents[1] / "pretrained"
 
 
 class VideoLM(nn.Module):
@@ -143,12 +143,17 @@ class VideoLM(nn.Module):
         return Clip(video, given.fps, given.captions)
 
 
-def load(name: str | Path) -> VideoLM:
-    """A model from the box by its name ("zoetrope"), or from a folder."""
+def find(name: str | Path) -> Path:
+    """The folder of a model of the box ("zoetrope"), or the folder that the name is."""
     folder = Path(name)
     if not folder.is_dir() and (BOX / str(name)).is_dir():
         folder = BOX / str(name)
     if not folder.is_dir():
         boxed = sorted(path.name for path in BOX.iterdir() if path.is_dir()) if BOX.is_dir() else []
         raise FileNotFoundError(f"no model {name}: give a folder or one of the box: {', '.join(boxed) or '(empty)'}")
-    return VideoLM.from_pretrained(folder)
+    return folder
+
+
+def load(name: str | Path) -> VideoLM:
+    """A model from the box by its name ("zoetrope"), or from a folder."""
+    return VideoLM.from_pretrained(find(name))

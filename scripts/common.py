@@ -139,8 +139,9 @@ def _check_job(config: str, texts: list[str], groups: set[str]) -> None:
         found = re.search(r"Could not (?:override|delete from config\.) '([^'@]+)", str(error))
         if not found:
             raise ValueError(reason(error)) from error
-        settings = _base(config, texts, groups)
-        raise ValueError(f"no setting {found[1]}{_near(found[1], [*groups, *settings])}") from error
+        others = groups - {found[1]}  # a group that another program has is no setting of this one
+        settings = _base(config, texts, others)
+        raise ValueError(f"no setting {found[1]}{_near(found[1], [*others, *settings])}") from error
     missing = [name for name, value in _flat(OmegaConf.to_container(cfg)) if value == "???"]
     if missing:
         raise ValueError(f"{missing[0]} is not set; give {missing[0]}=...")
