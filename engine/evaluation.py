@@ -16,8 +16,8 @@ from reelm.data.module import Group, in_turn
 from reelm.data.writing import write_contact_sheet
 from reelm.data.zoetrope.captions import Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
-from reelm.engine.tokenizer_training import psnr
 from reelm.engine.video_lm import VideoLM
+from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
 from reelm.evaluation.zoetrope_reading import Reading, read
 
@@ -132,11 +132,10 @@ def judge_tokenizer(model: VideoLM, clips: int = 128) -> dict[str, float]:
     flat = torch.cat(ids).flatten()
     bits = max((tokenizer.vocabulary - 1).bit_length(), 1)
     ones = [float(((flat >> bit) & 1).float().mean()) for bit in range(bits)]
-    counts = flat.unique(return_counts=True)[1]
-    share = counts / counts.sum()
+    usage = code_usage(flat, tokenizer.vocabulary)
     return {
         "psnr": float(torch.cat(quality).mean()),
-        "codes_used": len(counts),
-        "perplexity": float((-(share * share.log()).sum()).exp()),
+        "codes_used": usage["codes_used"],
+        "perplexity": usage["perplexity"],
         "least_used_bit": min(min(one, 1 - one) for one in ones),
     }

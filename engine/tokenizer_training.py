@@ -10,11 +10,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reelm.data.module import Batch
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
+from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.tokenizers.discriminator import Adversary
 
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -146,10 +146,9 @@ class TokenizerTraining(L.LightningModule):
                 f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
                 "idle; lower the learning rate or, with lookup-free quantization, raise entropy_weight"
             )
-        counts = ids.unique(return_counts=True)[1]
-        share = counts / counts.sum()
-        self.log("val/codes_used", float(len(counts)), sync_dist=True)
-        self.log("val/perplexity", float((-(share * share.log()).sum()).exp()), sync_dist=True)
+        usage = code_usage(ids, self.tokenizer.vocabulary)
+        self.log("val/codes_used", float(usage["codes_used"]), sync_dist=True)
+        self.log("val/perplexity", usage["perplexity"], sync_dist=True)
 
     def samples(self) -> tuple[Tensor, list[str], float] | None:
         """Clips and reconstructions in turn, with labels, and the frame rate."""
@@ -182,9 +181,3 @@ def idle_bits(ids: Tensor, vocabulary: int, share: float = 0.01) -> list[int]:
     """Bits of the ids, counted from the lowest, whose rarer value is in less than `share` of them."""
     ones = [float((ids >> bit & 1).float().mean()) for bit in range((vocabulary - 1).bit_length())]
     return [bit for bit, one in enumerate(ones) if min(one, 1 - one) < share]
-
-
-def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each clip in dB, both in [-1, 1], the first clipped there: `(B,)`."""
-    error = F.mse_loss(reconstruction.float().clamp(-1, 1), video, reduction="none").flatten(1).mean(1)
-    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
