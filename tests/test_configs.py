@@ -134,6 +134,12 @@ def test_mistakes_are_named_on_one_line(arguments, message):
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("program, argument", [("generate", "lm=tiny"), ("reconstruct", "tokenizer=tiny")])
+def test_another_program_s_groups_are_no_settings(program, argument):
+    with pytest.raises(ValueError, match=f"^no setting {argument.split('=')[0]}"):
+        check(program, [argument])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

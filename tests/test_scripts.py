@@ -11,6 +11,8 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from reelm.data.clip import Clip
+from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
 from reelm.engine.lm_training import train_text
@@ -244,3 +246,32 @@ def test_the_benchmark_runs_without_a_trained_model(tmp_path):
     assert {"stream", "gemm fp32", "gemm bf16", "conv3d fp32", "render", "loader", "train", "decode"} <= set(rates)
     assert all(entry["rate"] > 0 for entry in rates.values())
     assert 0 < rates["train"]["share"] < 2 and 0 < rates["tokenizer encode"]["share"] < 2
+
+
+def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
+    clip = write_video(tmp_path / "a, [b].mp4", Clip(torch.rand(1, 3, 9, 33, 47) * 2 - 1))
+    output = tmp_path / "out.mp4"
+    common = (f"video={clip}", f"model={tokenizer}/model", f"output={output}")
+    assert program("reconstruct", *common, "size=[32,40]", "frames=5", "codecs=[h264]") == 0
+    assert {"out.mp4", "out.png", "out.json"} < {path.name for path in tmp_path.iterdir()}
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["config"]["size"] == record["size"] == [32, 40] and set(record["results"]) == {"tokenizer", "h264"}
+    assert record["results"]["tokenizer"]["bits"] == 12 * 2 * 4 * 5
+    assert "PSNR dB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give video=..., the path of a clip or picture"),
+        (["video=nowhere.mp4", "codecs=[h265]"], "codec 'h265' is unknown"),
+        (["video=nowhere.mp4", "model=nowhere"], "no model nowhere: give a folder"),
+        (["video=nowhere.mp4", "tokenizer=tiny"], "no setting tokenizer"),
+        (["video=nowhere.mp4", "size=big"], "size='big' is no number"),
+        (["video=nowhere.mp4", "frames=many"], "frames is a number such as 65"),
+    ],
+)
+def test_mistakes_in_a_reconstruction_are_one_line(arguments, message, capfd, tmp_path):
+    assert program("reconstruct", f"output={tmp_path}/a.mp4", *arguments) == 2
+    assert error_line(capfd).startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,254 @@
+"""A clip beside what a tokenizer makes of it, and beside what video codecs make of it with as many bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reelm.data.clip import Clip
+from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
+from reelm.data.reading import VideoReader
+from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
+from reelm.engine.generation import whole_length
+from reelm.engine.store import fingerprint, load
+from reelm.engine.video_lm import find
+from reelm.evaluation.reconstruction import bits_per_pixel, code_usage, mean_over_frames, psnr, ssim
+from reelm.tokenizers.perceptual import LPIPS
+
+Note = Callable[[str], None]
+SMALLEST, LARGEST = 32, 4096  # pixels a side; LPIPS takes no less
+MOST_PIXELS = 1 << 18  # of a frame, where the user names no size
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared; the fields are those of conf/reconstruct.yaml.
+
+    video: a clip or picture. model: a model of the box, its folder, or a tokenizer's folder. output: the clip to
+    write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps: None for
+    every frame of the video. frames: at most. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS.
+    """
+
+    video: str | None
+    model: str = "zoetrope"
+    output: str | None = None
+    size: int | tuple[int, ...] | None = None
+    fps: float | None = None
+    frames: int = 65
+    start: float = 0.0
+    lpips: str | None = None
+    lpips_linear: str | None = None
+    codecs: tuple[str, ...] = ("h264", "vp9")
+
+    def check(self) -> None:
+        """Raises ValueError for what no video could make right."""
+        if not self.video:
+            raise ValueError("give video=..., the path of a clip or picture")
+        for name, value in (("size", self.size), ("fps", self.fps), ("frames", self.frames), ("start", self.start)):
+            parts = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(type(part) in (int, float) for part in parts):
+                raise ValueError(f"{name}={value!r} is no number")
+        if self.frames < 1 or int(self.frames) != self.frames:
+            raise ValueError(f"frames={self.frames} is no number of frames; give 1 or more")
+        check_codecs(self.codecs)
+
+    def outputs(self) -> tuple[Path, Path, Path]:
+        """The clip, the contact sheet and the JSON, where all can be written and none is the video."""
+        path = check_output(self.output or Path("outputs") / f"reconstruct_{Path(self.video).stem}.mp4", VIDEOS)
+        paths = path, path.with_suffix(".png"), path.with_suffix(".json")
+        if Path(self.video).resolve() in [one.resolve() for one in paths]:
+            raise ValueError(f"output={path} would overwrite the video {self.video}; give another output=...")
+        return paths
+
+
+def load_tokenizer(name: str) -> tuple[nn.Module, Path]:
+    """The tokenizer of a model of the box, of a model's folder, or of its own folder; and that folder."""
+    folder = find(name)
+    if (folder / "tokenizer").is_dir():
+        folder = folder / "tokenizer"
+    model = load(folder)
+    if not all(hasattr(model, part) for part in ("encode", "decode", "compression", "vocabulary")):
+        raise ValueError(f"model={name} holds a {type(model).__name__}, which is no video tokenizer")
+    return model, folder
+
+
+def load_lpips(features: str, linear: str | None) -> LPIPS:
+    """LPIPS from a file of network features; its linear layers from the other, or from the only such file beside it."""
+    if linear is None:
+        beside = sorted(path for path in Path(features).parent.glob("*linear*") if path.is_file())
+        if len(beside) != 1 and Path(features).is_file():
+            raise ValueError(f"{len(beside)} files of linear layers stand beside {features}; give lpips_linear=...")
+        linear = str(beside[0]) if beside else features
+    return LPIPS(features, linear).eval()
+
+
+def whole_size(size: int | tuple[int, ...], step: tuple[int, int], note: Note) -> tuple[int, int]:
+    """(height, width) as multiples of `step` nearest to the wanted ones, with a note where they are others."""
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and SMALLEST <= side <= LARGEST for side in sides):
+        raise ValueError(f"size={size} is no size: give a side or [height,width] in pixels, {SMALLEST} to {LARGEST}")
+    height, width = (max(round(side / part), -(-SMALLEST // part)) * part for side, part in zip(sides, step))
+    if (height, width) != sides:
+        note(f"{sides[1]} x {sides[0]} are no multiples of {step[1]} x {step[0]}: making {width} x {height}")
+    return height, width
+
+
+def multiple(side: float, part: int) -> int:
+    """The largest multiple of `part` that is no more than `side`, or the first that is no less than SMALLEST."""
+    return max(int(side) // part, -(-SMALLEST // part)) * part
+
+
+def own_size(video: Tensor, step: tuple[int, int], note: Note) -> Tensor:
+    """`(B, 3, T, H, W)` cut at its edges to multiples of `step`; a side below SMALLEST grows by repeating its edge."""
+    have = video.shape[3:]
+    height, width = (multiple(side, part) for side, part in zip(have, step))
+    if (height, width) != have:
+        note(f"{have[1]} x {have[0]} are no multiples of {step[1]} x {step[0]}, at least {SMALLEST}: "
+             f"cut or grown to {width} x {height}")  # fmt: skip
+    tall, wide = max(height - have[0], 0), max(width - have[1], 0)
+    video = F.pad(video, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2, 0, 0), mode="replicate")
+    top, left = (video.shape[3] - height) // 2, (video.shape[4] - width) // 2
+    return video[..., top : top + height, left : left + width].contiguous()
+
+
+def read(wanted: Comparison, compression: tuple[int, int, int], note: Note) -> Clip:
+    """The clip that a tokenizer of this compression can take, as near as possible to what the file holds."""
+    time, *step = compression
+    frames = whole_length(int(wanted.frames), time, note)
+    with VideoReader(wanted.video) as reader:
+        size = None
+        if wanted.size is not None:
+            size = whole_size(wanted.size, tuple(step), note)
+        else:
+            height, width = reader.info.size
+            if height * width > MOST_PIXELS:
+                width = width * reader.info.pixel_aspect
+                scale = math.sqrt(MOST_PIXELS / (height * width))
+                size = tuple(multiple(side * scale, part) for side, part in zip((height, width), step))
+                note(f"{width:.0f} x {height} is large: made {size[1]} x {size[0]}; size=[height,width] gives another")
+        clip = reader.read(fps=wanted.fps, frames=frames, size=size, start=wanted.start, short="shorter")
+    if size is None:
+        clip = clip.replace(video=own_size(clip.video, tuple(step), note))
+    length = (clip.frames - 1) // time * time + 1
+    if length != clip.frames:
+        note(f"the video has {clip.frames} frames, which are not 1 + {time}k: taking the first {length}")
+    return clip.replace(video=clip.video[:, :, :length].contiguous())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way to store a clip: its reconstruction and its figures."""
+
+    name: str
+    video: Tensor
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(name: str, video: Tensor, clip: Clip, bits: float, lpips: LPIPS | None, **more: Any) -> Result:
+    """A reconstruction with its figures; `more` stands beside them."""
+    figures = {"psnr": float(psnr(video, clip.video)), "ssim": float(ssim(video, clip.video))}
+    if lpips is not None:
+        figures[f"lpips_{lpips.network}"] = float(mean_over_frames(lpips.distances, video, clip.video))
+    figures |= {"bits_per_pixel": bits_per_pixel(bits, clip.video), "bits": bits, **more}
+    return Result(name, video, figures)
+
+
+@torch.inference_mode()
+def compare(clip: Clip, tokenizer: nn.Module, codecs: tuple[str, ...], lpips: LPIPS | None, note: Note) -> list[Result]:
+    """The tokenizer's reconstruction of a batch of one, then each codec's at as many bits."""
+    ids = tokenizer.encode(clip.video)
+    usage = code_usage(ids, tokenizer.vocabulary)
+    bits = ids.numel() * usage["bits_per_token"]
+    entropy = bits_per_pixel(ids.numel() * usage["entropy"], clip.video)
+    video = tokenizer.decode(ids)
+    results = [
+        measure("tokenizer", video, clip, bits, lpips, tokens=ids.numel(), **usage, entropy_bits_per_pixel=entropy)
+    ]
+    for name in check_codecs(codecs):
+        encoded = encode(clip, name, bits)
+        if not encoded.reached:
+            note(f"{name} cannot go below {encoded.bits / bits:.2f} times the tokenizer's bits")
+        made = decode(encoded, clip.size)
+        encoder = {"encoder": CODECS[name].encoder, "options": dict(CODECS[name].options)}
+        results.append(
+            measure(name, made, clip, encoded.bits, lpips, rate_factor=encoded.rate_factor,
+                    same_bits=encoded.reached, **encoder)
+        )  # fmt: skip
+    return results
+
+
+HEADS = {"psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".4f"), "bits_per_pixel": ("bits/pixel", ".5f")}
+
+
+def table(results: list[Result]) -> str:
+    """A row for each result, and what the tokenizer's codes say."""
+    names = [name for name in results[0].figures if name in HEADS or name.startswith("lpips")]
+    heads = [HEADS.get(name, (name.replace("lpips_", "LPIPS-"), ".4f")) for name in names]
+    lines = [f"{'':<12}" + "".join(f"{head:>12}" for head, _ in heads) + f"{'of the bits':>14}"]
+    asked = results[0].figures["bits"]
+    for result in results:
+        cells = "".join(f"{result.figures[name]:>12{style}}" for name, (_, style) in zip(names, heads))
+        lines.append(f"{result.name:<12}{cells}{result.figures['bits'] / asked:>14.3f}")
+    f = results[0].figures
+    lines.append(
+        f"{f['tokens']:,} tokens: {f['codes_used']:,} of {f['vocabulary']:,} codes, perplexity {f['perplexity']:,.1f}; "
+        f"{f['bits_per_token']:.2f} bits a token, {f['entropy']:.2f} by the entropy of these tokens "
+        f"({f['entropy_bits_per_pixel']:.5f} bits/pixel)"
+    )
+    return "\n".join(lines)
+
+
+def label(result: Result) -> str:
+    """What stands above a result's pictures."""
+    f = result.figures
+    return f"{result.name}: {f['psnr']:.1f} dB, SSIM {f['ssim']:.3f}, {f['bits_per_pixel']:.4f} bits/pixel"
+
+
+def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
+    """Reads, compares, prints the table and writes the clip, the contact sheet and the JSON; returns their paths."""
+
+    def note(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    wanted.check()
+    paths = wanted.outputs()
+    tokenizer, folder = load_tokenizer(wanted.model)
+    lpips = load_lpips(wanted.lpips, wanted.lpips_linear) if wanted.lpips else None
+    clip = read(wanted, tokenizer.compression, note)
+    results = compare(clip, tokenizer, wanted.codecs, lpips, note)
+    print(f"{wanted.video}: {clip.frames} frames of {clip.size[1]} x {clip.size[0]} at {clip.fps:g} a second")
+    print(table(results))
+
+    videos = torch.cat([clip.video, *(result.video for result in results)])
+    names = ["original", *(result.name for result in results)]
+    # nearly without loss, so that what is seen is not this file's own
+    write_video(paths[0], Clip(side_by_side(videos, names), clip.fps), quality=8)
+    labels = ["original", *(label(result) for result in results)]
+    write_contact_sheet(paths[1], videos, columns=6, labels=labels, scale=max(1, 192 // max(clip.size)))
+    with open(folder / "model.safetensors", "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    record = {
+        "frames": clip.frames,
+        "size": list(clip.size),
+        "fps": clip.fps,
+        # the fingerprint tells which tokens, the weights also which decoder
+        "tokenizer": {"fingerprint": fingerprint(tokenizer), "weights": weights},
+        "tolerance": TOLERANCE,
+        "results": {result.name: result.figures for result in results},
+        "config": config,
+    }
+    with whole_file(paths[2]) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n")
+    for path in paths:
+        print(f"wrote {path}")
+    return list(paths)

@@ -1,0 +1,224 @@
+"""A clip beside its reconstructions: what is read, what is shown, what the figures say."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reelm.data.clip import Clip
+from reelm.data.reading import probe, read_image, read_video
+from reelm.data.writing import side_by_side, write_video
+from reelm.engine import comparison, store
+from reelm.engine.comparison import Comparison, compare, load_lpips, load_tokenizer, own_size, read, run, table
+from reelm.lm.transformer import Transformer
+from reelm.tokenizers.magvit2 import MAGVIT2
+from reelm.tokenizers.perceptual import alexnet
+from reelm.tokenizers.quantizers import FSQ
+
+STEP = (4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("box") / "tokenizer"
+    model = MAGVIT2(FSQ((8, 8, 8)), (16, 16), ((1, 2, 2),), (1, 1), ((1, 3, 3), (3, 3, 3)), (4, 4, 4))
+    store.save(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A photo of odd size, a clip of odd size and another rate, one of a single pixel, and what is none."""
+    folder = tmp_path_factory.mktemp("material")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (77, 131, 3), dtype=np.uint8)).save(folder / "photo.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
+    t, y, x = torch.meshgrid(torch.arange(20), torch.arange(51), torch.arange(70), indexing="ij")
+    waves = [torch.sin(x / 5 + t / 4), torch.cos(y / 7 - t / 3), torch.sin((x + y) / 9)]
+    write_video(folder / "odd.gif", Clip(torch.stack(waves)[None] * 0.8, fps=12.5))
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+def lpips_files(folder, suffix=""):
+    """Random weights in the files' form."""
+    layers, taps = alexnet()
+    features = {f"features.{name}": weight.numpy() for name, weight in layers.state_dict().items()}
+    np.savez(folder / f"features{suffix}.npz", **features)
+    sizes = [64, 192, 384, 256, 256]
+    linear = {f"alex.lin{i}.model.1.weight": np.random.rand(1, n, 1, 1).astype(np.float32) for i, n in enumerate(sizes)}
+    np.savez(folder / f"linear{suffix}.npz", **linear)
+    return folder / f"features{suffix}.npz"
+
+
+def notes(function, *arguments):
+    said = []
+    return function(*arguments, said.append), said
+
+
+def test_all_that_is_promised(tokenizer, material, tmp_path, capsys):
+    output = tmp_path / "new" / "odd.webm"
+    features = lpips_files(tmp_path)
+    wanted = Comparison(str(material / "odd.gif"), str(tokenizer), str(output), lpips=str(features))
+    assert run(wanted, {"video": "odd.gif"}) == [output, output.with_suffix(".png"), output.with_suffix(".json")]
+    said = capsys.readouterr()
+    assert "70 x 51 are no multiples of 8 x 8" in said.err and "cut or grown to 64 x 48" in said.err
+    assert "20 frames, which are not 1 + 4k: taking the first 17" in said.err
+    assert "17 frames of 64 x 48 at 12.5 a second" in said.out and "LPIPS-alex" in said.out
+
+    shown = read_video(output, fps=None, frames=None, size=None)
+    assert shown.frames == 17 and shown.size == (48 + 16, 4 * 64 + 3 * 4) and shown.fps == pytest.approx(12.5)
+    original = read_video(material / "odd.gif", fps=None, frames=17, size=None).video[..., 1:49, 3:67]
+    assert (shown.video[..., 16:, :64] - original).abs().mean() < 0.1
+    assert probe(output.with_suffix(".png")).size[1] >= 6 * 64
+
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["frames"], record["size"], record["config"]) == (17, [48, 64], {"video": "odd.gif"})
+    assert record["tokenizer"]["fingerprint"] == store.fingerprint(store.load(tokenizer))
+    own, h264, vp9 = (record["results"][name] for name in ("tokenizer", "h264", "vp9"))
+    assert own["tokens"] == 5 * 6 * 8 and own["vocabulary"] == 512 and own["bits_per_token"] == 9
+    assert own["bits"] == 9 * own["tokens"] and own["bits_per_pixel"] == own["bits"] / (17 * 48 * 64)
+    assert 0 < own["entropy"] <= math.log2(own["codes_used"]) and own["perplexity"] == pytest.approx(
+        2 ** own["entropy"]
+    )
+    for result in (own, h264, vp9):
+        assert 0 < result["psnr"] < 60 and -1 < result["ssim"] < 1 and result["lpips_alex"] > 0
+    assert h264["same_bits"] == (h264["bits"] <= 1.02 * own["bits"])
+
+
+def test_a_tokenizer_without_loss_is_seen_to_have_none(material):
+    class Perfect(torch.nn.Module):
+        vocabulary, compression = 2, STEP
+
+        def encode(self, video):
+            self.video = video
+            return torch.zeros(1, 5, 8, 8, dtype=torch.long)
+
+        def decode(self, ids):
+            return self.video
+
+    clip = Clip(torch.rand(1, 3, 17, 64, 64) * 2 - 1)
+    results, said = notes(compare, clip, Perfect(), ("h264",), None)
+    perfect = results[0].figures
+    assert perfect["psnr"] > 100 and perfect["ssim"] == pytest.approx(1) and math.isfinite(perfect["psnr"])
+    assert perfect["codes_used"] == perfect["perplexity"] == 1 and perfect["entropy"] == 0
+    assert not results[1].figures["same_bits"]  # noise in 320 bits
+    assert said[0].startswith("h264 cannot go below ")
+    assert "lpips" not in table(results).lower()
+
+
+def test_a_photo_is_a_clip_of_one_frame(tokenizer, material, tmp_path):
+    output = tmp_path / "photo.mp4"
+    run(Comparison(str(material / "photo.png"), str(tokenizer), str(output), codecs=("vp9",)), {})
+    assert read_image(output, size=None).size == (72 + 16, 3 * 128 + 2 * 4)
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["frames"] == 1 and record["results"]["tokenizer"]["tokens"] == 9 * 16
+
+
+def test_without_codecs(tokenizer, material, tmp_path):
+    output = tmp_path / "a.gif"
+    run(Comparison(str(material / "odd.gif"), str(tokenizer), str(output), frames=5, codecs=()), {})
+    assert read_video(output, fps=None, frames=None, size=None).size == (64, 132)
+    assert list(json.loads(output.with_suffix(".json").read_text())["results"]) == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shape", "rate", "said"),
+    [
+        ({}, (17, 48, 64), 12.5, 2),
+        ({"frames": 9}, (9, 48, 64), 12.5, 1),
+        ({"frames": 10}, (9, 48, 64), 12.5, 2),
+        ({"size": 40, "frames": 1}, (1, 40, 40), 12.5, 0),
+        ({"size": (33, 50), "frames": 1}, (1, 32, 48), 12.5, 1),
+        ({"fps": 5.0, "frames": 5}, (5, 48, 64), 5.0, 1),
+        ({"start": 1.2}, (5, 48, 64), 12.5, 1),
+    ],
+)
+def test_what_is_read(material, wanted, shape, rate, said):
+    clip, texts = notes(read, Comparison(str(material / "odd.gif"), **wanted), STEP)
+    assert tuple(clip.video.shape[2:]) == shape and clip.fps == pytest.approx(rate) and len(texts) == said
+
+
+def test_large_videos_are_made_smaller(material, monkeypatch):
+    monkeypatch.setattr(comparison, "MOST_PIXELS", 2000)
+    clip, texts = notes(read, Comparison(str(material / "odd.gif"), frames=1), STEP)
+    assert clip.size == (32, 48) and texts == ["70 x 51 is large: made 48 x 32; size=[height,width] gives another"]
+
+
+def test_small_pictures_grow(material):
+    clip, _ = notes(read, Comparison(str(material / "dot.png")), STEP)
+    assert clip.size == (32, 32) and (clip.video[0, 0] > 0.9).all() and (clip.video[0, 1:] < -0.9).all()
+
+
+def test_edges_are_cut_evenly():
+    video = torch.arange(44.0).expand(1, 3, 2, 36, 44)
+    cut, _ = notes(own_size, video, (8, 8))
+    assert torch.equal(cut, video[..., 2:34, 2:42])
+
+
+def test_panels_stand_beside_each_other():
+    videos = torch.stack([torch.full((3, 2, 32, 40), value) for value in (-1.0, 0.0, 1.0)])
+    row = side_by_side(videos, ["original", "a label that is longer than its picture", "x"])
+    assert row.shape == (1, 3, 2, 48, 128)
+    assert (row[..., 16:, :40] == -1).all() and (row[..., 16:, 44:84] == 0).all() and (row[..., 40:44] == 1).all()
+    assert (row[..., :16, 84:88] == 1).all() and row[..., :16, :40].min() < 0
+
+
+def test_a_tokenizer_is_found_in_its_model(tokenizer):
+    assert load_tokenizer(str(tokenizer.parent))[1] == load_tokenizer(str(tokenizer))[1] == tokenizer
+
+
+def test_linear_layers_are_found_beside(tmp_path):
+    features = lpips_files(tmp_path)
+    assert load_lpips(str(features), None).network == "alex"
+    lpips_files(tmp_path, "2")
+    with pytest.raises(ValueError, match="2 files of linear layers .* give lpips_linear="):
+        load_lpips(str(features), None)
+    assert load_lpips(str(features), str(tmp_path / "linear2.npz")).network == "alex"
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        load_lpips(str(tmp_path / "nothing.npz"), None)
+
+
+def test_other_models_are_no_tokenizers(tmp_path):
+    store.save(Transformer(32, 1, 2, sites=(8, 8, 8)), tmp_path / "lm")
+    with pytest.raises(ValueError, match="holds a Transformer, which is no video tokenizer"):
+        load_tokenizer(str(tmp_path / "lm"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codecs": ("h264", "h266")}, "codec 'h266' is unknown; choose from h264, vp9"),
+        ({"video": "nowhere.mp4"}, "nowhere.mp4"),
+        ({"video": "text.mp4"}, "text.mp4: is damaged or no video"),
+        ({"model": "nowhere"}, "no model nowhere: give a folder"),
+        ({"model": "."}, "no model at"),
+        ({"output": "text.mp4/a.mp4"}, "output folder .*text.mp4 cannot be written"),
+        ({"output": "a.avi"}, r"\.avi extension cannot be written"),
+        ({"output": "odd.gif"}, "would overwrite the video"),
+        ({"video": "photo.png", "output": "photo.mp4"}, "would overwrite the video"),
+        ({"size": 0}, "size=0 is no size"),
+        ({"size": (64, 64, 64)}, "is no size"),
+        ({"size": (64, 64.5)}, "is no size"),
+        ({"size": 1 << 20}, "is no size"),
+        ({"size": "big"}, "size='big' is no number"),
+        ({"fps": "fast"}, "fps='fast' is no number"),
+        ({"fps": 0.0}, "fps=0.0 is no frame rate"),
+        ({"frames": 0}, "frames=0 is no number of frames"),
+        ({"frames": 6.5}, "frames=6.5 is no number of frames"),
+        ({"start": 100.0}, "ends before start=100 s"),
+        ({"lpips": "text.mp4"}, "linear layers stand beside"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(changes, message, tokenizer, material, tmp_path, monkeypatch):
+    monkeypatch.chdir(material)
+    arguments = {"video": "odd.gif", "model": str(tokenizer), "output": str(tmp_path / "a.mp4")} | changes
+    before = sorted(material.iterdir())
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        run(Comparison(**arguments), {})
+    assert "\n" not in str(caught.value)
+    assert sorted(material.iterdir()) == before and not list(tmp_path.iterdir())
