@@ -226,7 +226,8 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
     lpips = load_lpips(wanted.lpips, wanted.lpips_linear) if wanted.lpips else None
     clip = read(wanted, tokenizer.compression, note)
     results = compare(clip, tokenizer, wanted.codecs, lpips, note)
-    print(f"{wanted.video}: {clip.frames} frames of {clip.size[1]} x {clip.size[0]} at {clip.fps:g} a second")
+    length = f"{clip.frames} frames" if clip.frames > 1 else "1 frame"
+    print(f"{wanted.video}: {length} of {clip.size[1]} x {clip.size[0]} at {clip.fps:g} a second")
     print(table(results))
 
     videos = torch.cat([clip.video, *(result.video for result in results)])
