@@ -40,7 +40,7 @@ class Codec:
     halving: float
 
 
-# One thread, because x264's output depends on their number; at small sizes it varies a little all the same, by its
+# One thread, because x264's output depends on their number; small clips vary by some per cent all the same, by its
 # weighted prediction. Key frames come only where the encoder sees a cut.
 CODECS = {
     "h264": Codec("libx264", "h264", {"preset": "veryslow", "x264-params": "keyint=infinite"}, 51, 0.1, 6),

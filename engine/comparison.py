@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from reelm.data.clip import Clip
@@ -20,10 +20,12 @@ from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
 from reelm.data.reading import VideoReader
 from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
 from reelm.engine.generation import whole_length
-from reelm.engine.store import fingerprint, load
+from reelm.engine.store import fingerprint, load, part_of
 from reelm.engine.video_lm import find
 from reelm.evaluation.reconstruction import bits_per_pixel, code_usage, mean_over_frames, psnr, ssim
 from reelm.tokenizers.perceptual import LPIPS
+from reelm.tokenizers.streaming import decode_stream, encode_stream
+from reelm.tokenizers.tokenizer import VideoTokenizer
 
 Note = Callable[[str], None]
 SMALLEST, LARGEST = 32, 4096  # pixels a side; LPIPS takes no less
@@ -71,13 +73,11 @@ class Comparison:
         return paths
 
 
-def load_tokenizer(name: str) -> tuple[nn.Module, Path]:
+def load_tokenizer(name: str) -> tuple[VideoTokenizer, Path]:
     """The tokenizer of a model of the box, of a model's folder, or of its own folder; and that folder."""
-    folder = find(name)
-    if (folder / "tokenizer").is_dir():
-        folder = folder / "tokenizer"
+    folder = part_of(find(name), "tokenizer")
     model = load(folder)
-    if not all(hasattr(model, part) for part in ("encode", "decode", "compression", "vocabulary")):
+    if not isinstance(model, VideoTokenizer):
         raise ValueError(f"model={name} holds a {type(model).__name__}, which is no video tokenizer")
     return model, folder
 
@@ -164,13 +164,15 @@ def measure(name: str, video: Tensor, clip: Clip, bits: float, lpips: LPIPS | No
 
 
 @torch.inference_mode()
-def compare(clip: Clip, tokenizer: nn.Module, codecs: tuple[str, ...], lpips: LPIPS | None, note: Note) -> list[Result]:
+def compare(
+    clip: Clip, tokenizer: VideoTokenizer, codecs: tuple[str, ...], lpips: LPIPS | None, note: Note
+) -> list[Result]:
     """The tokenizer's reconstruction of a batch of one, then each codec's at as many bits."""
-    ids = tokenizer.encode(clip.video)
+    ids = torch.cat(list(encode_stream(tokenizer, [clip.video])), 1)  # streams bound the memory
     usage = code_usage(ids, tokenizer.vocabulary)
     bits = ids.numel() * usage["bits_per_token"]
     entropy = bits_per_pixel(ids.numel() * usage["entropy"], clip.video)
-    video = tokenizer.decode(ids)
+    video = torch.cat(list(decode_stream(tokenizer, [ids])), 2)
     results = [
         measure("tokenizer", video, clip, bits, lpips, tokens=ids.numel(), **usage, entropy_bits_per_pixel=entropy)
     ]

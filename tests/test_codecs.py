@@ -26,14 +26,12 @@ def test_bits_come_near_and_are_never_too_many(name, bits):
     assert step * bits <= encoded.bits <= (1 + TOLERANCE) * bits
 
 
-@pytest.mark.parametrize("name", CODECS)
-def test_it_is_the_nearest_of_all_rate_factors(name, monkeypatch):
-    """Against trying every one. (Sizes that are not quite monotone may hide a slightly nearer one; not here.)"""
-    clip, bits = moving(5, 64, 64), 10_000
-    monkeypatch.setitem(CODECS, name, codecs.replace(CODECS[name], step=1))
-    found = encode(clip, name, bits)
+def test_it_is_the_nearest_of_all_rate_factors(monkeypatch):
+    """Against trying every one, with the codec that makes the same bits each time (x264 does not quite)."""
+    clip, bits = moving(5, 32, 32), 6_000
+    found = encode(clip, "vp9", bits)
     monkeypatch.setattr(codecs, "_search", lambda tried, most, halving, bits: range(most + 1))
-    every = encode(clip, name, bits)
+    every = encode(clip, "vp9", bits)
     assert (found.rate_factor, found.bits) == (every.rate_factor, every.bits)
 
 
