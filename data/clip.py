@@ -13,13 +13,15 @@ from torch import Tensor
 class Clip:
     """A batch of videos with what is known about them. An image is a clip of one frame.
 
-    video: `(B, 3, T, H, W)` float in [-1, 1].
+    video: `(B, 3, T, H, W)` float in [-1, 1]. Where tokens alone are known it is on the meta device: a shape without
+        pixels, so that whatever asks for pixels fails instead of taking others for them.
     fps: frames a second, one number for the whole batch.
     captions: one string a sample ("" where there is none).
     audio: `(B, C, N)` float in [-1, 1] at `audio_rate` samples a second, or None.
     controls: named tensors whose first axis is the batch: mask `(B, 1, T, H, W)` bool, depth `(B, 1, T, H, W)` in
         [0, 1] (1 is near), flow `(B, 2, T, H, W)` in pixels to the next frame, camera `(B, T, 3, 4)`...
     keys: where each sample came from (a path, or "zoetrope/train/17"), for messages and for exact-resume checks.
+    tokens: ids `(B, t, h, w)` int64 that a tokenizer made of exactly this video, or None.
     """
 
     video: Tensor
@@ -29,10 +31,13 @@ class Clip:
     audio_rate: int | None = None
     controls: Mapping[str, Tensor] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.video.ndim != 5 or self.video.shape[1] != 3:
             raise ValueError(f"a clip's video is (B, 3, T, H, W); got {tuple(self.video.shape)}")
+        if self.tokens is not None and (self.tokens.ndim != 4 or len(self.tokens) != len(self.video)):
+            raise ValueError(f"{len(self.video)} videos have tokens (B, t, h, w); got {tuple(self.tokens.shape)}")
         for name in ("captions", "keys"):
             values = tuple(getattr(self, name)) or ("",) * len(self.video)
             if len(values) != len(self.video):
@@ -51,6 +56,11 @@ class Clip:
         """Height and width in pixels."""
         return self.video.shape[3], self.video.shape[4]
 
+    @property
+    def device(self) -> torch.device:
+        """Where what is known of the clips is."""
+        return self.video.device if self.tokens is None else self.tokens.device
+
     def replace(self, **changes) -> Clip:
         return replace(self, **changes)
 
@@ -58,6 +68,8 @@ class Clip:
         """The same clip with its tensors moved; a dtype applies to floating tensors only."""
 
         def move(value):
+            if isinstance(value, Tensor) and value.is_meta:  # nothing there that could be moved
+                return value
             if isinstance(value, Tensor):
                 if value.is_floating_point():
                     return value.to(*args, **kwargs)
@@ -78,6 +90,7 @@ class Clip:
             captions=self.captions[index],
             keys=self.keys[index],
             audio=None if self.audio is None else self.audio[index],
+            tokens=None if self.tokens is None else self.tokens[index],
             controls={name: value[index] for name, value in self.controls.items()},
         )
 
@@ -92,10 +105,12 @@ class Clip:
                     f"{clip.keys[0]} is {tuple(clip.video.shape[1:])} at {clip.fps} fps"
                 )
         audio = [clip.audio for clip in clips if clip.audio is not None]
+        tokens = [clip.tokens for clip in clips if clip.tokens is not None]
         return first.replace(
             video=torch.cat([clip.video for clip in clips]),
             captions=tuple(caption for clip in clips for caption in clip.captions),
             keys=tuple(key for clip in clips for key in clip.keys),
             audio=torch.cat(audio) if len(audio) == len(clips) else None,
+            tokens=torch.cat(tokens) if len(tokens) == len(clips) else None,
             controls={name: torch.cat([clip.controls[name] for clip in clips]) for name in first.controls},
         )

@@ -25,12 +25,15 @@ class KnownFrames:
     frames: int | None = None
     controls: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first", tuple(self.first))  # a list of a configuration cannot be saved with a model
+
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         first = self.first[random_int(0, len(self.first) - 1, generator)]
         if first + self.last >= clip.frames:
             known = first + self.last
             raise ValueError(f"{self.name} knows {known} frames; a clip of {clip.frames} leaves none to make")
-        known = torch.zeros(1, 1, clip.frames, 1, 1, dtype=torch.bool, device=clip.video.device)
+        known = torch.zeros(1, 1, clip.frames, 1, 1, dtype=torch.bool, device=clip.device)
         known[:, :, :first] = True
         known[:, :, clip.frames - self.last :] = True
         video, known = mask_video(clip, known)

@@ -95,13 +95,20 @@ class Packer:
         """Token grid of what is to be made."""
         return self.tokenizer.grid(*given.shape)
 
+    def prefix_frames(self, given: Given) -> int:
+        """How many leading known frames are a prefix of the clip's tokens; those that fill no latent frame are not."""
+        leading, step = given.leading, self.tokenizer.compression[0]
+        return 1 + (leading - 1) // step * step if leading else 0
+
+    def needs_pixels(self, given: Given) -> bool:
+        """Whether more is known than a prefix of the clip's own tokens, which says it in tokens of other pixels."""
+        beyond = given.known is not None and given.known[:, :, self.prefix_frames(given) :].any()
+        return given.condition is not None or bool(beyond)
+
     def known_tokens(self, given: Given) -> Tensor | None:
-        """Tokens of the leading known frames `(B, N)`, or None; frames that don't fill a latent frame don't count."""
-        leading = given.leading
-        if not leading:
-            return None
-        leading = 1 + (leading - 1) // self.tokenizer.compression[0] * self.tokenizer.compression[0]
-        return self.tokenizer.encode(given.video[:, :, :leading]).flatten(1)
+        """Tokens of the leading known frames `(B, N)`, or None."""
+        leading = self.prefix_frames(given)
+        return self.tokenizer.encode(given.video[:, :, :leading]).flatten(1) if leading else None
 
     def known_in(self, sequence: Sequence) -> Tensor:
         """Ids of the known tokens that a sequence without targets ends with, `(B, N)`."""

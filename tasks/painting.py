@@ -33,7 +33,7 @@ class Painting:
 
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         height, width = clip.size
-        box = torch.zeros(1, 1, 1, height, width, dtype=torch.bool, device=clip.video.device)
+        box = torch.zeros(1, 1, 1, height, width, dtype=torch.bool, device=clip.device)
         h, w = (random_int(round(self.smallest * n), round(self.largest * n), generator) for n in (height, width))
         top, left = random_int(0, height - h, generator), random_int(0, width - w, generator)
         box[..., top : top + h, left : left + w] = True

@@ -83,7 +83,7 @@ def random_int(low: int, high: int, generator: torch.Generator | None) -> int:
 def mask_video(clip: Clip, known: Tensor) -> tuple[Tensor, Tensor]:
     """The clip's pixels where `known` (broadcastable bool) is true, 0 elsewhere, and the full-size mask."""
     known = known.expand(len(clip), 1, *clip.video.shape[2:])
-    return clip.video * known, known
+    return clip.video * known.to(clip.video.device), known
 
 
 @dataclass(frozen=True)
