@@ -141,6 +141,10 @@ class Videos(Dataset[Clip], ABC):
     def __getitem__(self, index: int) -> Clip:
         return self.get(index)
 
+    def key(self, index: int) -> str:
+        """The name of the video that a clip is cut from."""
+        return self.keys[self._place(index)[0]]
+
     def caption(self, index: int, frames: int | None = None) -> str:
         """The caption of a clip, without decoding it."""
         return self._text(self._place(index)[0])
@@ -164,7 +168,7 @@ class Videos(Dataset[Clip], ABC):
         raise VideoError(f"{self.where}: {tries} videos in a row cannot be read, the first because {some}")
 
     def _name(self, index: int, reason: str) -> None:
-        key = self.keys[self._place(index)[0]]
+        key = self.key(index)
         if key not in self.failures:
             self.failures[key] = reason
             warnings.warn(f"left out, another clip takes its place: {reason}", stacklevel=3)

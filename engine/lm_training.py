@@ -10,7 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from reelm.data.clip import Clip
 from reelm.data.module import Batch, ClipData, ClipSource, Group
+from reelm.data.tokens import TokenShards
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
@@ -123,6 +125,25 @@ class LMTraining(L.LightningModule):
             for task in self.tasks.values()
         ]
 
+        for source in (data.train, data.validation):
+            if isinstance(source, TokenShards):
+                self._check_tokens(source)
+
+    def _check_tokens(self, source: TokenShards) -> None:
+        """ValueError where stored tokens are not the run's tokenizer's, or not all that its tasks need."""
+        if source.tokenizer != self.tokenizer_hash:
+            raise ValueError(
+                f"{source.folder} holds tokens of another tokenizer ({source.tokenizer}, this one is "
+                f"{self.tokenizer_hash}); give the stage.tokenizer=... they were made with, or encode the clips anew"
+            )
+        for task in self.tasks.values():
+            clip = source.get(0, frames=task.frames)
+            if task.controls or self.model.packer.needs_pixels(task.split(clip, torch.Generator())[0]):
+                raise ValueError(
+                    f"{task.name} needs pixels and data=tokens holds none: leave it out of the mixture with "
+                    f"task.weights.{task.name}=0, or choose a task such as t2v, i2v or continuation"
+                )
+
     def on_fit_start(self) -> None:
         self.video_tokenizer[0].to(self.device)
         if isinstance(self.text[0], T5Text):
@@ -135,7 +156,7 @@ class LMTraining(L.LightningModule):
         task, packer = self.tasks[batch.name], self.model.packer
         given, target = task.split(batch.clip)
         with torch.no_grad():
-            tokens = packer.tokenizer.encode(target.video)
+            tokens = packer.tokenizer.encode(target.video) if target.tokens is None else target.tokens
             drop = torch.rand(len(given), device=self.device) < (self.text_drop if self.training else 0.0)
             sequence = packer.pack(given, task.marker, tokens, unprompted=drop)
         return self.lm.loss(sequence)
@@ -160,8 +181,11 @@ class LMTraining(L.LightningModule):
         task = next((t for t in self.tasks.values() if t.frames != 1 and not t.controls), None)
         if task is None:
             task = next(iter(self.tasks.values()))
-        clips = [source.get(i, frames=task.frames, controls=task.controls) for i in range(min(4, len(source)))]
-        given = task.split(clips[0].stack(clips))[0]
+        count = min(4, len(source))
+        clip = Clip.stack([source.get(i, frames=task.frames, controls=task.controls) for i in range(count)])
+        if clip.tokens is not None:  # known frames are then shown as the tokenizer shows them
+            clip = clip.replace(video=self.model.tokenizer.decode(clip.tokens.to(self.device)), tokens=None)
+        given = task.split(clip)[0]
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for each layer's cache
             sample = self.model.generate(given, task.name, self.sampling, seed=0)
         return sample.video, list(sample.captions), sample.fps

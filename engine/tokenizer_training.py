@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from reelm.data.module import Batch
+from reelm.data.tokens import TokenShards
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
 from reelm.evaluation.reconstruction import code_usage, psnr
@@ -100,6 +101,10 @@ class TokenizerTraining(L.LightningModule):
     def on_fit_start(self) -> None:
         if not self._begun:
             raise ValueError("stage.part=decoder goes on from a trained tokenizer; name its folder by init=...")
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.datamodule.train, TokenShards):
+            raise ValueError("a tokenizer is trained on pixels and data=tokens holds none; name the clips themselves")
 
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Named, unweighted terms; the reconstruction; the ids."""

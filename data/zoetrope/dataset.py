@@ -94,8 +94,13 @@ class Zoetrope(Dataset[Clip]):
             audio_rate=None if audio is None else RATE,
             controls=self._controls(scene, frames, controls),
             captions=(self._caption(scene, index, frames),),
-            keys=(f"zoetrope/{self.split}/{index}",),
+            keys=(self.key(index),),
         )
+
+    read = get  # every clip can be made, so none takes another's place
+
+    def key(self, index: int) -> str:
+        return f"zoetrope/{self.split}/{index}"
 
     def _controls(self, scene: Scene, frames: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         fields = {CONTROLS[name] for name in names if name in CONTROLS}
