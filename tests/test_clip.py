@@ -41,6 +41,17 @@ def test_indexing_takes_everything_of_a_sample(index):
     assert part.captions == tuple(whole.captions[i] for i in rows) and part.keys == tuple(whole.keys[i] for i in rows)
 
 
+def test_tokens_stay_with_their_clips_and_need_no_pixels():
+    whole = clip(3, tokens=torch.arange(24).view(3, 2, 2, 2), video=torch.empty(3, 3, 5, 4, 6, device="meta"))
+    assert torch.equal(whole[1:].tokens, whole.tokens[1:])
+    assert torch.equal(Clip.stack([whole[i] for i in range(3)]).tokens, whole.tokens)
+    assert Clip.stack([whole, whole.replace(tokens=None)]).tokens is None
+    moved = whole.to("cpu", torch.float16)
+    assert moved.video.is_meta and moved.tokens.dtype == torch.int64 and moved.device.type == "cpu"
+    with pytest.raises(ValueError, match=r"2 videos have tokens \(B, t, h, w\); got \(3, 2, 2, 2\)"):
+        clip(2, tokens=whole.tokens)
+
+
 def test_stacking_undoes_indexing():
     whole = clip(3)
     again = Clip.stack([whole[i] for i in range(3)])

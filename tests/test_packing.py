@@ -254,3 +254,18 @@ def test_embedded_text_comes_as_vectors(packer):
     assert sequence.context[0, :6, 1].tolist() == [1, 3, 4, 5, 4, 1]
     wide = embedded.pack(given, 0, slots=16)
     assert wide.context.shape == (2, 16, 2) and wide.context_mask.sum(1).tolist() == [6, 4]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=NAMES)
+def test_prefixes_of_the_clips_own_tokens_need_no_pixels(packer, task):
+    whole = clip()
+    needed = task.name in ("interpolation", "inpainting", "outpainting", "stylization")
+    assert packer.needs_pixels(split(task, whole)) == needed
+    if task.name != "stylization":
+        tokens = packer.tokenizer.encode(whole.video)
+        bare = split(task, whole.replace(video=whole.video.to("meta"), tokens=tokens))
+        assert packer.needs_pixels(bare) == needed
+        if not needed:
+            one, other = (packer.pack(given, task.marker, tokens) for given in (split(task, whole), bare))
+            assert torch.equal(one.ids, other.ids) and one.prefix == other.prefix
+    assert packer.needs_pixels(split(KnownFrames("odd", first=(4,)), whole))  # one frame fills no latent frame

@@ -13,8 +13,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from torch.optim.swa_utils import AveragedModel
 
-from reelm.engine import fit
+from reelm.data.zoetrope.dataset import Zoetrope
+from reelm.engine import fit, store
 from reelm.engine.callbacks import LAST, moving_average
+from reelm.engine.encoding import Encoding, encode
 
 STEPS = 6
 SETTINGS = (
@@ -48,6 +50,8 @@ def train(output: Path, *overrides: str, resume: bool = False, end_after: int | 
     """What scripts/train.py does, with an eye on it: exit status and the steps."""
     GlobalHydra.instance().clear()
     settings = [s for s in SETTINGS if "stage=lm" in overrides or not s.startswith("stage.text")]
+    if "data=tokens" in overrides:
+        settings.remove("+data.train.length=100")
     with initialize_config_module("reelm.conf", version_base=None):
         cfg = compose("train", [*settings, f"output={output}", *overrides])
     fit.check_output(output, resume)
@@ -91,12 +95,19 @@ def tokenizer(tmp_path_factory) -> Path:
         ("tokenizer", 0, ADVERSARY),
         ("lm", 0, ()),
         pytest.param("lm", 1, (), marks=pytest.mark.slow),
+        ("lm", 0, ("data=tokens",)),
     ],
 )
 def test_resume_is_exact(stage, workers, more, tokenizer, tmp_path):
     overrides = [f"stage={stage}", f"data.workers={workers}", *more]
     if stage == "lm":
         overrides += [f"stage.tokenizer={tokenizer}", "task=mixture"]
+    if "data=tokens" in more:
+        sources = {split: Zoetrope(split, length=40) for split in ("train", "validation")}
+        model = store.load(tokenizer)
+        encode([Encoding(source, model, tmp_path / split, {}, 8) for split, source in sources.items()], workers=0)
+        pixels = ("interpolation", "inpainting", "outpainting", "stylization")
+        overrides += [f"data.root={tmp_path}", *(f"task.weights.{name}=0" for name in pixels)]
     status, straight = train(tmp_path / "straight", *overrides)
     assert status == 0 and [step for step, *_ in straight] == list(range(1, STEPS + 1))
 

@@ -1,5 +1,6 @@
 """The programs, as a user runs them."""
 
+import csv
 import json
 import os
 import runpy
@@ -141,6 +142,78 @@ def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):
     assert program("train", "-m", *LM, *heads, *common, *TINY) == 0
     kinds = [json.loads((tmp_path / job / "model/lm/config.json").read_text()) for job in "01"]
     assert [kind["model"]["head"]["_target_"].rpartition(".")[2] for kind in kinds] == ["Factorized", "Chained"]
+
+
+CLIPS = ("data.train.size=32", "data.train.frames=9", "+data.train.length=6", "+data.validation.length=4")
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer, tmp_path_factory) -> Path:
+    """Tokens of ten clips, made by the program."""
+    output = tmp_path_factory.mktemp("tokens")
+    arguments = ("data=zoetrope", *CLIPS, "shard_clips=4", "workers=0", "batch_size=2")
+    assert program("encode", *arguments, f"model={tokenizer}/model", f"output={output}") == 0
+    return output
+
+
+def losses(output: Path) -> list[float]:
+    with open(output / "logs/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[name]) for row in rows for name in ("train/loss", "val/nll") if row.get(name)]
+
+
+@pytest.mark.parametrize("task", ["t2v", "continuation"])
+def test_stored_tokens_train_as_the_clips_they_are_of_do(task, tokenizer, tokens, tmp_path):
+    common = (*LM, *TINY, f"task={task}", f"stage.tokenizer={tokenizer}/model", "trainer.log_every_n_steps=1")
+    common += ("trainer.precision=32-true",) + (("task.first=[5]",) if task == "continuation" else ())
+    assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}/tokens") == 0
+    assert program("train", *common, *CLIPS, f"output={tmp_path}/clips") == 0
+    assert losses(tmp_path / "tokens") == pytest.approx(losses(tmp_path / "clips"), rel=1e-6)
+    assert len(losses(tmp_path / "tokens")) == 3 and list((tmp_path / "tokens/samples").glob("*.mp4"))
+
+
+def test_a_mixture_of_what_needs_no_pixels_is_trained_on_tokens(tokenizer, tokens, tmp_path):
+    without = [f"task.weights.{name}=0" for name in ("interpolation", "inpainting", "outpainting", "stylization")]
+    common = (*LM, *TINY, *without, f"stage.tokenizer={tokenizer}/model", "trainer.max_steps=8", "data.workers=1")
+    assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["stage=lm", "task=inpainting"], "inpainting needs pixels and data=tokens holds none"),
+        (["stage=lm", "task=stylization"], "stylization needs pixels"),
+        (["stage=lm", "task=mixture"], "interpolation needs pixels"),
+        (
+            ["stage=lm", "task=t2v", "stage.tokenizer=pretrained/zoetrope/tokenizer"],
+            "{tokens}/train holds tokens of an",
+        ),
+        (["stage=tokenizer"], "a tokenizer is trained on pixels"),
+    ],
+)
+def test_what_tokens_cannot_train_is_one_line(arguments, message, tokenizer, tokens, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    common = [] if arguments[0] == "stage=tokenizer" else ["stage.text=400", f"stage.tokenizer={tokenizer}/model"]
+    given = [*TINY, *common, *arguments, "data=tokens", f"data.root={tokens}", "quantizer.bits=18"]
+    assert program("train", *given, f"output={tmp_path}") == 2
+    assert error_line(capfd).startswith(f"error: {message.format(tokens=tokens)}")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "data.root is not set"),
+        (["data.root=nowhere"], "nowhere: no such folder"),
+        (["data=zoetrope", "data.train.size=60"], "a clip of 17 frames of 60 x 60 does not fit this tokenizer"),
+        (["data=zoetrope", "model=nowhere"], "no model nowhere"),
+        (["tokenizer=nowhere"], "no setting tokenizer"),
+    ],
+)
+def test_mistakes_in_what_to_encode_are_one_line(arguments, message, tokenizer, capfd, tmp_path):
+    model = [] if any(argument.startswith("model=") for argument in arguments) else [f"model={tokenizer}/model"]
+    assert program("encode", *model, *arguments, f"output={tmp_path}/new") == 2
+    assert error_line(capfd).startswith(f"error: {message}")
+    assert not (tmp_path / "new").exists()
 
 
 def test_training_again_needs_a_word(tokenizer, capfd):
