@@ -20,8 +20,8 @@ from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
 from reelm.data.reading import VideoReader
 from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
 from reelm.engine.generation import whole_length
-from reelm.engine.store import fingerprint, load, part_of
-from reelm.engine.video_lm import find
+from reelm.engine.store import fingerprint
+from reelm.engine.video_lm import load_tokenizer
 from reelm.evaluation.reconstruction import bits_per_pixel, code_usage, mean_over_frames, psnr, ssim
 from reelm.tokenizers.perceptual import LPIPS
 from reelm.tokenizers.streaming import decode_stream, encode_stream
@@ -71,15 +71,6 @@ class Comparison:
         if Path(self.video).resolve() in [one.resolve() for one in paths]:
             raise ValueError(f"output={path} would overwrite the video {self.video}; give another output=...")
         return paths
-
-
-def load_tokenizer(name: str) -> tuple[VideoTokenizer, Path]:
-    """The tokenizer of a model of the box, of a model's folder, or of its own folder; and that folder."""
-    folder = part_of(find(name), "tokenizer")
-    model = load(folder)
-    if not isinstance(model, VideoTokenizer):
-        raise ValueError(f"model={name} holds a {type(model).__name__}, which is no video tokenizer")
-    return model, folder
 
 
 def load_lpips(features: str, linear: str | None) -> LPIPS:

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from reelm.data.clip import Clip
@@ -30,7 +29,7 @@ from reelm.data.reading import VideoError
 from reelm.data.tokens import INDEX, Shard, TokenShards, shard_name, write_shard
 from reelm.data.writing import whole_file
 from reelm.engine import store
-from reelm.engine.video_lm import find
+from reelm.tokenizers.tokenizer import VideoTokenizer
 
 BACKENDS = ("local", "ray")
 
@@ -78,14 +77,14 @@ class Reads(Dataset):
 class Encoding:
     """What is made of one split of a data source.
 
-    source: of the clips. tokenizer: with `encode`, `grid`, `compression`, `vocabulary`. folder: of the shards.
+    source: of the clips. tokenizer: of video, frozen. folder: of the shards.
     about: what else the clips depend on, as JSON: the source's configuration.
     shard_clips: clips of the source a shard. batch_size: clips encoded at once. passes: over the source, each another
     draw of what it leaves to chance.
     """
 
     source: Source
-    tokenizer: nn.Module
+    tokenizer: VideoTokenizer
     folder: Path
     about: dict[str, Any]
     shard_clips: int = 512
@@ -243,15 +242,6 @@ def with_ray(job: Encoding, numbers: Sequence[int], workers: int) -> Iterator[in
 
 def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(name: str | Path) -> nn.Module:
-    """The tokenizer of a model of the box, of a model's folder, or in a folder of its own."""
-    folder = find(name)
-    tokenizer = store.load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
-    if not hasattr(tokenizer, "encode"):
-        raise ValueError(f"{folder} holds no tokenizer; name the folder of a model or of its tokenizer")
-    return tokenizer
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from reelm.lm.sampling import Sampling, generate, seeded
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
+from reelm.tokenizers.tokenizer import VideoTokenizer
 from reelm.tokenizers.tokens import Tokens
 
 BOX = Path(__file__).resolve().parents[1] / "pretrained"
@@ -157,3 +158,12 @@ def find(name: str | Path) -> Path:
 def load(name: str | Path) -> VideoLM:
     """A model from the box by its name ("zoetrope"), or from a folder."""
     return VideoLM.from_pretrained(find(name))
+
+
+def load_tokenizer(name: str) -> tuple[VideoTokenizer, Path]:
+    """The tokenizer of a model of the box, of a model's folder, or of its own folder; and that folder."""
+    folder = store.part_of(find(name), "tokenizer")
+    model = store.load(folder)
+    if not isinstance(model, VideoTokenizer):
+        raise ValueError(f"model={name} holds a {type(model).__name__}, which is no video tokenizer")
+    return model, folder

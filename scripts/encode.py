@@ -5,13 +5,14 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from reelm.engine.encoding import Encoding, encode, load_tokenizer
+from reelm.engine.encoding import Encoding, encode
+from reelm.engine.video_lm import load_tokenizer
 from reelm.scripts.common import program
 
 
 @program("encode", words=("model", "output"))
 def main(cfg: DictConfig) -> None:
-    data, tokenizer = instantiate(cfg.data), load_tokenizer(cfg.model)
+    data, tokenizer = instantiate(cfg.data), load_tokenizer(cfg.model)[0]
     jobs = [
         Encoding(
             source=getattr(data, split),

@@ -19,7 +19,7 @@ from reelm.data.folder import VideoFolder
 from reelm.data.tokens import Shard, TokenShards, write_shard
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
-from reelm.engine import encoding, store
+from reelm.engine import store
 from reelm.engine.encoding import Encoding, encode
 from reelm.tokenizers.magvit2 import MAGVIT2
 from reelm.tokenizers.quantizers import LFQ
@@ -276,12 +276,3 @@ def test_without_ray_its_extra_is_named(clips, tokenizer, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install reelm\[ray\]"):
         encode([job(clips, tokenizer, tmp_path)], backend="ray")
-
-
-def test_tokenizers_are_found(tokenizer, tmp_path):
-    store.save(store.load(tokenizer), tmp_path / "model/tokenizer")
-    for folder in (tokenizer, tmp_path / "model"):
-        assert store.fingerprint(encoding.load_tokenizer(folder)) == store.fingerprint(store.load(tokenizer))
-    store.save(LFQ(4), tmp_path / "other")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        encoding.load_tokenizer(tmp_path / "other")
