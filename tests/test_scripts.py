@@ -144,14 +144,26 @@ def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):
     assert [kind["model"]["head"]["_target_"].rpartition(".")[2] for kind in kinds] == ["Factorized", "Chained"]
 
 
-CLIPS = ("data.train.size=32", "data.train.frames=9", "+data.train.length=6", "+data.validation.length=4")
+CLIPS = (
+    "data=folder", "data.train.size=32", "data.train.frames=9", "data.train.held_out=[v6,v7]",
+    "data.validation.clips_per_video=2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer, tmp_path_factory) -> Path:
-    """Tokens of ten clips, made by the program."""
+def videos(tmp_path_factory) -> Path:
+    root, world = tmp_path_factory.mktemp("videos"), Zoetrope(size=(32, 48))
+    for number in range(8):
+        write_video(root / f"v{number}.mp4", world.get(number))
+        (root / f"v{number}.txt").write_text(world.caption(number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer, videos, tmp_path_factory) -> Path:
+    """Tokens of a folder of videos, made by the program."""
     output = tmp_path_factory.mktemp("tokens")
-    arguments = ("data=zoetrope", *CLIPS, "shard_clips=4", "workers=0", "batch_size=2")
+    arguments = (*CLIPS, f"data.root={videos}", "shard_clips=4", "workers=0", "batch_size=2")
     assert program("encode", *arguments, f"model={tokenizer}/model", f"output={output}") == 0
     return output
 
@@ -163,18 +175,19 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("task", ["t2v", "continuation"])
-def test_stored_tokens_train_as_the_clips_they_are_of_do(task, tokenizer, tokens, tmp_path):
+def test_stored_tokens_train_as_the_clips_they_are_of_do(task, tokenizer, videos, tokens, tmp_path):
     common = (*LM, *TINY, f"task={task}", f"stage.tokenizer={tokenizer}/model", "trainer.log_every_n_steps=1")
     common += ("trainer.precision=32-true",) + (("task.first=[5]",) if task == "continuation" else ())
     assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}/tokens") == 0
-    assert program("train", *common, *CLIPS, f"output={tmp_path}/clips") == 0
+    assert program("train", *common, *CLIPS, f"data.root={videos}", f"output={tmp_path}/clips") == 0
     assert losses(tmp_path / "tokens") == pytest.approx(losses(tmp_path / "clips"), rel=1e-6)
     assert len(losses(tmp_path / "tokens")) == 3 and list((tmp_path / "tokens/samples").glob("*.mp4"))
 
 
 def test_a_mixture_of_what_needs_no_pixels_is_trained_on_tokens(tokenizer, tokens, tmp_path):
     without = [f"task.weights.{name}=0" for name in ("interpolation", "inpainting", "outpainting", "stylization")]
-    common = (*LM, *TINY, *without, f"stage.tokenizer={tokenizer}/model", "trainer.max_steps=8", "data.workers=1")
+    without += ["task.parts.continuation.first=[5]", "trainer.max_steps=8", "data.workers=1"]
+    common = (*LM, *TINY, *without, f"stage.tokenizer={tokenizer}/model")
     assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}") == 0
 
 
