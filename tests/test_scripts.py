@@ -153,7 +153,7 @@ CLIPS = (
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
     root, world = tmp_path_factory.mktemp("videos"), Zoetrope(size=(32, 48))
-    for number in range(8):
+    for number in range(10):  # eight to train on: a second pass over them would draw other crops of the clips
         write_video(root / f"v{number}.mp4", world.get(number))
         (root / f"v{number}.txt").write_text(world.caption(number))
     return root
