@@ -4,7 +4,6 @@ Models are named by `class_path`, so anybody's LightningModule over `reelm.data.
 Every flag is explained by `python scripts/cli.py fit --help`.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,8 +52,10 @@ def _wrong_option(message: str, *_: Any) -> NoReturn:
 
 def _cause(error: ValueError) -> str:
     """The mistake itself, out of all that jsonargparse says of a part that could not be built."""
-    causes = re.findall(r"^\s*- (.+)$", str(error), re.MULTILINE) if "Errors:" in str(error) else []
-    return causes[0] if causes else str(error)
+    for line in str(error).partition("Errors:")[2].splitlines():
+        if line.strip() and not line.rstrip().endswith(":"):  # what ends so says where, until a line says what
+            return line.strip().removeprefix("- ")
+    return str(error)
 
 
 @one_line_errors
