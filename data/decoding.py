@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Decoder:
         self.zero: float | None = None
         self.rate = Fraction(25)
         self.broken: str | None = None
+        self._kept: list[Timed] | None = None
         self.start_clock()
         with self.explained():
             self._check_source()
@@ -107,8 +109,16 @@ class Decoder:
         if self.container is not None:
             self.container.close()
 
+    def keep(self) -> None:
+        """Decodes the whole file once and for all; from then on `frames` takes them from memory."""
+        with self.explained():
+            self._kept = list(self.frames())
+
     def frames(self, start: float = 0.0) -> Iterator[Timed]:
         """Frames in the order they are shown, from one at or before `start` seconds after the first frame."""
+        if self._kept is not None:
+            after = bisect_right(self._kept, start, key=lambda timed: timed[0])
+            return iter(self._kept[max(after - 1, 0) :])
         fresh, self._fresh = self._fresh, None
         if fresh is not None and (start < LOOK_AHEAD or self.image):
             return fresh

@@ -63,17 +63,27 @@ class Fitter:
         fit: "crop" covers the wanted size and cuts what stands over; "pad" shows all of it between black bars; "none"
             only brings the short side to `size`.
         crop_at: which part a crop keeps: (0, 0) is top left, (0.5, 0.5) the centre, (1, 1) bottom right.
+        zoom: of a crop: 0 shows as much of the picture as fits, 1 as little as shows every stored pixel, and what is
+            between lies evenly in scale.
         most_pixels: of one scaled frame, before the cut.
 
     One reused scaler does it: a new one a frame costs several times as much. Transparent pixels stand on white.
     """
 
     def __init__(
-        self, size: Size, fit: Fit = "crop", crop_at: tuple[float, float] = (0.5, 0.5), most_pixels: int = 40_000_000
+        self,
+        size: Size,
+        fit: Fit = "crop",
+        crop_at: tuple[float, float] = (0.5, 0.5),
+        most_pixels: int = 40_000_000,
+        zoom: float = 0.0,
     ) -> None:
         self.size, self.fit, self.crop_at, self.most_pixels = wanted(size, fit), fit, crop_at, most_pixels
         if len(crop_at) != 2 or not all(0 <= part <= 1 for part in crop_at):
             raise ValueError(f"crop_at={crop_at!r} must be two numbers from 0 (top, left) to 1 (bottom, right)")
+        if not 0 <= zoom <= 1:
+            raise ValueError(f"zoom={zoom!r} must be from 0 (all of the picture) to 1 (every stored pixel)")
+        self.zoom = zoom
         self.scaler = VideoReformatter()
         self.result: tuple[int, int] | None = None
         self.plans: dict[tuple[int, int, bool], tuple[int, int]] = {}  # stored size -> scaled size, before turning
@@ -89,6 +99,8 @@ class Fitter:
         else:
             ratios = self.size[0] / height, self.size[1] / width
             scale = min(ratios) if self.fit == "pad" else max(ratios)
+            if self.fit == "crop" and scale < 1:
+                scale **= 1 - self.zoom
         shown = max(1, round(height * scale)), max(1, round(width * scale))
         if shown[0] * shown[1] > self.most_pixels:
             raise ValueError(

@@ -8,10 +8,10 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -31,7 +31,8 @@ TRIES = 100  # bad files in a row before a dataset counts as unreadable
 TEXT_BYTES = 65_536  # of a caption file; the rest is not read
 
 Split = Literal["train", "validation", "all"]
-Chance = Literal["start", "crop", "flip"]
+Chance = Literal["start", "crop", "zoom", "flip"]
+STORED_RATE = 25.0  # what clips say where each has the frames of its own video: those of a batch must agree
 
 
 def share_of(key: str) -> float:
@@ -59,16 +60,21 @@ class Videos(Dataset[Clip], ABC):
     Args:
         keys: a stable name for each video, with forward slashes.
         where: what messages call the whole.
-        frames, size, fps: of a clip (`read_video`).
+        frames, size: of a clip (`read_video`).
+        fps: of a clip; None: the stored frames, at whatever rate, for what does not ask how fast things go. Clips then
+            say `STORED_RATE`.
         split: "train" and "validation" part the videos by a hash of their name, or by `held_out`.
         held_out: the share of videos that validation gets, or their names (whole, last part or without suffix).
         clips_per_video: how many clips are cut from each, so that few videos still make an epoch. Item i is part
             `i % clips_per_video` of video `i // clips_per_video`.
         random: what is drawn, from (seed, index, draw) alone and so anew in each pass over the data: the "start"
             within the item's part of the video (else parts are spread evenly from the first frame on), the "crop" (else
-            the centre), a horizontal "flip" (for captions that never say left or right; stereo sound is swapped too).
+            the centre), the "zoom" (up to where a stored pixel is one of the clip), a horizontal "flip" (for captions
+            that never say left or right; stereo sound is swapped too).
         controls: made for every clip, of "flow" and "depth" (`reelm.data.controls`).
         audio: also read the sound, stereo at 16 kHz; without a track, silence. A clip of one frame has none.
+        remember: keep the decoded frames of each video in memory (1.5 bytes a stored pixel), for few videos that many
+            passes go over.
         seed: of what is drawn.
 
     A video that cannot be read, or is too short, is replaced by the next one that can, always the same one; it is named
@@ -82,25 +88,29 @@ class Videos(Dataset[Clip], ABC):
         *,
         frames: int = 17,
         size: int | tuple[int, int] = 64,
-        fps: float = 8.0,
+        fps: float | None = 8.0,
         split: Split = "all",
         held_out: float | Sequence[str] = 0.05,
         clips_per_video: int = 1,
         random: Sequence[Chance] = ("start",),
         controls: Sequence[str] = (),
         audio: bool = False,
+        remember: bool = False,
         seed: int = 0,
     ) -> None:
         for name, value in (("frames", frames), ("clips_per_video", clips_per_video)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        unknown = set(random) - {"start", "crop", "flip"}
+        unknown = set(random) - set(get_args(Chance))
         if unknown:
-            raise ValueError(f"random={list(random)} holds {unknown.pop()!r}; it can hold 'start', 'crop' and 'flip'")
+            raise ValueError(
+                f"random={list(random)} holds {unknown.pop()!r}; it can hold {', '.join(get_args(Chance))}"
+            )
         self.keys, self.where, self.frames, self.fps = list(keys), where, frames, fps
         self.size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.clips_per_video, self.random, self.seed = clips_per_video, tuple(random), seed
-        self.controls, self.audio = tuple(controls), audio
+        self.controls, self.audio, self.remember = tuple(controls), audio, remember
+        self._readers: dict[int, VideoReader] = {}
         self.videos = self._split(split, held_out)
         self.failures: dict[str, str] = {}
         self._bad: set[tuple[int, int, int]] = set()
@@ -185,12 +195,13 @@ class Videos(Dataset[Clip], ABC):
         frames = frames or self.frames
         number, part = self._place(index)
         rng = np.random.default_rng((self.seed, index, draw))
-        shift, *crop_at, flip = rng.random(4).tolist()
-        with self._source(number) as source, VideoReader(source) as reader:
+        shift, *crop_at, flip, zoom = rng.random(5).tolist()
+        with self._reader(number) as reader:
             start = self._start(reader, frames, part, shift)
             options = {
                 "fps": self.fps, "frames": frames, "size": self.size, "audio": self.audio and frames > 1,
                 "crop_at": tuple(crop_at) if "crop" in self.random else (0.5, 0.5),
+                "zoom": zoom if "zoom" in self.random else 0.0,
             }  # fmt: skip
             try:
                 clip = reader.read(start=start, **options)
@@ -198,19 +209,35 @@ class Videos(Dataset[Clip], ABC):
                 if start == 0:
                     raise
                 clip = reader.read(start=0.0, **options)  # the header promised more than there is
-        clip = clip.replace(captions=(self._text(number),), keys=(self.keys[number],))
+        rate = self.fps or STORED_RATE
+        clip = clip.replace(captions=(self._text(number),), keys=(self.keys[number],), fps=rate)
         if options["audio"] and clip.audio is None:
-            clip = clip.replace(audio=clip.video.new_zeros(1, 2, round(frames / self.fps * 16000)), audio_rate=16000)
+            clip = clip.replace(audio=clip.video.new_zeros(1, 2, round(frames / rate * 16000)), audio_rate=16000)
         if "flip" in self.random and flip < 0.5:
             clip = clip.replace(video=clip.video.flip(-1), audio=None if clip.audio is None else clip.audio.flip(1))
         return with_controls(clip, self.controls if controls is None else controls)
+
+    @contextmanager
+    def _reader(self, number: int) -> Iterator[VideoReader]:
+        if number in self._readers:
+            yield self._readers[number]
+            return
+        with self._source(number) as source:
+            reader = VideoReader(source)
+            if self.remember:
+                reader.keep()
+                self._readers[number] = reader
+                yield reader
+            else:
+                with reader:
+                    yield reader
 
     def _start(self, reader: VideoReader, frames: int, part: int, shift: float) -> float:
         drawn = "start" in self.random
         if part == 0 and not drawn:
             return 0.0
         info = reader.info
-        latest = info.duration - (frames - 1) / self.fps - 1.5 / (info.fps or 1.0)
+        latest = info.duration - (frames - 1) / (self.fps or info.fps or 1.0) - 1.5 / (info.fps or 1.0)
         parts = self.clips_per_video
         return max(0.0, latest) * ((part + shift) / parts if drawn else part / (parts - 1))
 
@@ -238,13 +265,14 @@ class VideoFolder(Videos):
         root: str | os.PathLike[str],
         frames: int = 17,
         size: int | tuple[int, int] = 64,
-        fps: float = 8.0,
+        fps: float | None = 8.0,
         split: Split = "all",
         held_out: float | Sequence[str] = 0.05,
         clips_per_video: int = 1,
         random: Sequence[Chance] = ("start",),
         controls: Sequence[str] = (),
         audio: bool = False,
+        remember: bool = False,
         seed: int = 0,
     ) -> None:
         self.root = Path(root)
@@ -262,7 +290,8 @@ class VideoFolder(Videos):
             ]
         super().__init__(
             sorted(found), str(root), frames=frames, size=size, fps=fps, split=split, held_out=held_out,
-            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, seed=seed,
+            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, remember=remember,
+            seed=seed,
         )  # fmt: skip
 
     def _source(self, number: int) -> AbstractContextManager[Source]:
@@ -285,13 +314,14 @@ class Manifest(Videos):
         path: str | os.PathLike[str],
         frames: int = 17,
         size: int | tuple[int, int] = 64,
-        fps: float = 8.0,
+        fps: float | None = 8.0,
         split: Split = "all",
         held_out: float | Sequence[str] = 0.05,
         clips_per_video: int = 1,
         random: Sequence[Chance] = ("start",),
         controls: Sequence[str] = (),
         audio: bool = False,
+        remember: bool = False,
         seed: int = 0,
     ) -> None:
         self.root = Path(path).parent
@@ -299,7 +329,8 @@ class Manifest(Videos):
         self.texts = [text for _, text in rows]
         super().__init__(
             [key for key, _ in rows], str(path), frames=frames, size=size, fps=fps, split=split, held_out=held_out,
-            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, seed=seed,
+            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, remember=remember,
+            seed=seed,
         )  # fmt: skip
 
     def _source(self, number: int) -> AbstractContextManager[Source]:

@@ -88,6 +88,11 @@ class VideoReader:
         self.decoder = Decoder(source, limits)
         self._info: VideoInfo | None = None
 
+    def keep(self) -> None:
+        """Decodes the whole file once and for all: for files that are read again and again."""
+        self.decoder.start_clock()
+        self.decoder.keep()
+
     def __enter__(self) -> VideoReader:
         return self
 
@@ -126,6 +131,7 @@ class VideoReader:
         start: float = 0.0,
         fit: Fit = "crop",
         crop_at: tuple[float, float] = (0.5, 0.5),
+        zoom: float = 0.0,
         short: Short = "error",
         audio: bool = False,
         audio_rate: int = 16000,
@@ -141,7 +147,7 @@ class VideoReader:
             raise ValueError(f"start={start!r} must be 0 or more seconds")
         if short not in get_args(Short):
             raise ValueError(f"short={short!r} is unknown: use 'error', 'repeat' or 'shorter'")
-        fitter = Fitter(size, fit, crop_at, decoder.limits.pixels)
+        fitter = Fitter(size, fit, crop_at, decoder.limits.pixels, zoom)
         decoder.start_clock()
         rate = fps or float(decoder.rate)
         with decoder.explained():
@@ -204,6 +210,7 @@ def read_video(
     start: float = 0.0,
     fit: Fit = "crop",
     crop_at: tuple[float, float] = (0.5, 0.5),
+    zoom: float = 0.0,
     short: Short = "error",
     audio: bool = False,
     audio_rate: int = 16000,
@@ -219,7 +226,7 @@ def read_video(
         size: one side of a square, (height, width), or None for every stored pixel as it is. Sizes respect the shape of
             the source's pixels; None does not.
         start: seconds after the first frame.
-        fit, crop_at: how another shape comes to `size` (`Fitter`).
+        fit, crop_at, zoom: how another shape comes to `size` (`Fitter`).
         short: what a source that ends too early gives: a VideoError, its last frame repeated, or a shorter clip.
         audio: also read the sound of the same stretch of time, `(1, audio_channels, N)` at `audio_rate` samples a
             second, silent where the track has holes; None where the file has no track.
@@ -230,7 +237,7 @@ def read_video(
     """
     with VideoReader(path, limits) as reader:
         return reader.read(
-            fps=fps, frames=frames, size=size, start=start, fit=fit, crop_at=crop_at, short=short,
+            fps=fps, frames=frames, size=size, start=start, fit=fit, crop_at=crop_at, zoom=zoom, short=short,
             audio=audio, audio_rate=audio_rate, audio_channels=audio_channels,
         )  # fmt: skip
 

@@ -80,6 +80,10 @@ class TokenizerTraining(L.LightningModule):
         self.reconstruction, self.frames, self.part = reconstruction, frames, part
         self._begun = part == "all"  # a decoder of a random encoder would be of no use
         if part == "decoder":
+            if "decoder" not in getattr(tokenizer, "decoding_only", ()):
+                raise ValueError(
+                    f"the tokens of {type(tokenizer).__name__} depend on its decoder too; train it with stage.part=all"
+                )
             tokenizer.eval().requires_grad_(False)  # eval: the codes of a vector quantizer follow what they stand for
             tokenizer.decoder.train().requires_grad_(True)
         self._seen: list[Tensor] = []
