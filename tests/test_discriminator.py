@@ -41,7 +41,28 @@ def test_blur_pooling_hardly_sees_a_shift():
 
 @pytest.mark.parametrize("shape", [(1, 3, 17, 64, 64), (3, 3, 1, 16, 24), (2, 3, 5, 33, 40)])
 def test_any_size_gets_one_score_a_clip(shape):
-    assert small()(torch.rand(shape)).shape == shape[:1]
+    assert small()(torch.rand(shape)).shape == (shape[0], 1)
+
+
+def test_without_a_head_each_place_is_judged_by_what_is_around_it():
+    net = Discriminator((8, 8), ((1, 2, 2),), groups=4, head=None, patch=(2, 2)).eval()
+    real = torch.rand(2, 3, 5, 32, 64)
+    changed = real.clone()
+    changed[..., -1] += 1
+    before, after = (net(video).unflatten(1, (5, 8, 16)) for video in (real, changed))
+    assert not torch.equal(before[..., -1], after[..., -1])
+    seen = (before - after).abs().amax((0, 1, 2))
+    # the norms look at the whole, so that all places change a little, but those near the change most
+    assert seen[-2:].max() > 5 * seen[:8].max()
+
+
+def test_it_looks_at_a_part_of_the_frames():
+    adversary = Adversary(small(), r1=0.0, frames=3)
+    fake = torch.rand(1, 3, 9, 16, 16, requires_grad=True)
+    adversary(fake, torch.rand(1, 3, 9, 16, 16))[0].backward()
+    touched = fake.grad.abs().amax((0, 1, 3, 4)) > 0
+    first = int(touched.float().argmax())
+    assert touched.sum() == 3 and touched[first : first + 3].all()
 
 
 def test_losses_by_the_formula():

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-Triple = tuple[int, int, int]
+from reelm.tokenizers.magvit2 import HaarPatch
+from reelm.tokenizers.tokenizer import Triple
 
 
 def blur_pool(x: Tensor, stride: Triple) -> Tensor:
@@ -49,13 +50,16 @@ class DownBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A video to one score: high for real ones.
+    """A video to one score, or to one for each of its parts: high for real ones.
 
     Args:
         channels: width before each halving, and after the last; the paper has 128 times (2, 4, 4, 4, 4).
         strides: (time, height, width) of each halving, 1 or 2; one fewer than channels.
         groups: of the normalisation.
-        head: sides of the feature map that the last two layers read; any size of video is pooled to it.
+        head: sides of the feature map that the last two layers read; any size of video is pooled to it. None: every
+            place of the feature map has a score of its own (PatchGAN, arXiv:1611.07004), which tells textures apart
+            from fewer clips.
+        patch: rows and columns of Haar patches in front, powers of two; (4, 4) costs a tenth on a CPU.
     """
 
     def __init__(
@@ -63,36 +67,46 @@ class Discriminator(nn.Module):
         channels: Sequence[int] = (64, 128, 256, 256),
         strides: Sequence[Triple] = ((1, 2, 2), (2, 2, 2), (2, 2, 2)),
         groups: int = 8,
-        head: Triple = (1, 4, 4),
+        head: Triple | None = (1, 4, 4),
+        patch: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
         channels, strides = list(channels), [tuple(s) for s in strides]
         if len(strides) != len(channels) - 1:
             raise ValueError(f"{len(channels)} channels ask for {len(channels) - 1} strides; got {len(strides)}")
-        self.channels, self.strides, self.groups, self.head = channels, strides, groups, tuple(head)
-        self.first = nn.Conv3d(3, channels[0], 3, padding=1)
+        self.channels, self.strides, self.groups = channels, strides, groups
+        self.head, self.patch = head and tuple(head), tuple(patch)
+        self.haar = HaarPatch((1, *self.patch))
+        self.first = nn.Conv3d(3 * self.patch[0] * self.patch[1], channels[0], 3, padding=1)
         self.blocks = nn.Sequential(
             *(DownBlock(a, b, s, groups) for a, b, s in zip(channels, channels[1:], strides, strict=False))
         )
         top = channels[-1]
         self.last = nn.Conv3d(top, top, 3, padding=1)
-        places = self.head[0] * self.head[1] * self.head[2]
-        self.score = nn.Sequential(nn.Flatten(), nn.Linear(top * places, top), nn.LeakyReLU(0.2), nn.Linear(top, 1))
+        if self.head is None:
+            self.score = nn.Conv3d(top, 1, 1)
+        else:
+            places = self.head[0] * self.head[1] * self.head[2]
+            self.score = nn.Sequential(
+                nn.AdaptiveAvgPool3d(self.head), nn.Flatten(),
+                nn.Linear(top * places, top), nn.LeakyReLU(0.2), nn.Linear(top, 1),
+            )  # fmt: skip
+        self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, video: Tensor) -> Tensor:
-        """`(B, 3, T, H, W)` to `(B,)`."""
-        h = self.blocks(F.leaky_relu(self.first(video), 0.2))
-        h = F.leaky_relu(self.last(h), 0.2)
-        return self.score(F.adaptive_avg_pool3d(h, self.head)).squeeze(-1)
+        """`(B, 3, T, H, W)` to `(B, places)`; one place with a head."""
+        h = self.haar(video).contiguous(memory_format=torch.channels_last_3d)
+        h = self.blocks(F.leaky_relu(self.first(h), 0.2))
+        return self.score(F.leaky_relu(self.last(h), 0.2)).flatten(1)
 
 
 def generator_loss(fake: Tensor, kind: str) -> Tensor:
-    """What the generator minimises, of the scores `(B,)` of its videos."""
+    """What the generator minimises, of the scores, of any shape, of its videos."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """What the discriminator minimises, of scores `(B,)`: hinge (arXiv:1705.02894) or the logistic loss whose
+    """What the discriminator minimises, of scores of any shape: hinge (arXiv:1705.02894) or the logistic loss whose
     generator side is non-saturating (arXiv:1406.2661)."""
     if kind == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
@@ -100,11 +114,11 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """R1 (arXiv:1801.04406): half the squared norm of the score's gradient at real videos. In float32, with which alone
-    a second derivative is safe."""
+    """R1 (arXiv:1801.04406): half the squared norm of the mean score's gradient at real videos. In float32, with which
+    alone a second derivative is safe."""
     with torch.autocast(real.device.type, enabled=False):
         real = real.detach().float().requires_grad_()
-        (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+        (slope,) = torch.autograd.grad(discriminator(real).reshape(len(real), -1).mean(1).sum(), real, create_graph=True)
     return 0.5 * slope.square().flatten(1).sum(1).mean()
 
 
@@ -119,6 +133,7 @@ class Adversary(nn.Module):
             (arXiv:1912.04958, section 4.1).
         lecam: weight of the regularisation towards the moving averages of scores (arXiv:2104.03310); decay: theirs.
         start: batches before the generator listens; the discriminator learns from the first one on.
+        frames: of a random part of each batch's clips that is looked at, to save time; None: all.
         lr: learning rate of the discriminator at its peak.
     """
 
@@ -137,6 +152,7 @@ class Adversary(nn.Module):
         decay: float = 0.999,
         start: int = 0,
         lr: float = 1e-4,
+        frames: int | None = None,
     ) -> None:
         super().__init__()
         if kind not in ("non_saturating", "hinge"):
@@ -144,7 +160,7 @@ class Adversary(nn.Module):
         if every < 1:
             raise ValueError(f"every is at least 1; got {every}")
         self.discriminator, self.kind, self.weight, self.r1, self.every = discriminator, kind, weight, r1, every
-        self.lecam, self.decay, self.start, self.lr = lecam, decay, start, lr
+        self.lecam, self.decay, self.start, self.lr, self.frames = lecam, decay, start, lr, frames
         for name in ("real_mean", "fake_mean"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training; kept for exact resume
@@ -154,6 +170,9 @@ class Adversary(nn.Module):
 
         fake: reconstructions `(B, 3, T, H, W)`; real: the videos themselves.
         """
+        if self.frames is not None and self.frames < real.shape[2]:
+            first = int(torch.randint(real.shape[2] - self.frames + 1, ()))
+            fake, real = (video[:, :, first : first + self.frames] for video in (fake, real))
         constants = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         listens = float(self.steps >= self.start)
         terms = {

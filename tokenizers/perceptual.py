@@ -94,6 +94,7 @@ class LPIPS(nn.Module):
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def distances(self, a: Tensor, b: Tensor) -> Tensor:
         """LPIPS of images `(N, 3, H, W)` in [-1, 1], at least 32 pixels a side: `(N,)`."""
