@@ -16,7 +16,7 @@ from reelm.data.module import Group, in_turn
 from reelm.data.writing import write_contact_sheet
 from reelm.data.zoetrope.captions import Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
-from reelm.engine.video_lm import VideoLM
+from reelm.engine.video_lm import VideoLM, load
 from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
 from reelm.evaluation.zoetrope_reading import Reading, read
@@ -139,3 +139,15 @@ def judge_tokenizer(model: VideoLM, clips: int = 128) -> dict[str, float]:
         "perplexity": usage["perplexity"],
         "least_used_bit": min(min(one, 1 - one) for one in ones),
     }
+
+
+def zoetrope_suite(
+    folder: str, tasks: list[str] | None, splits: list[str], clips: int, batch: int, sheets: Path | None = None
+) -> dict[str, Any]:
+    """The suite `zoetrope` of a model of the box, or of a folder: its tokenizer, then each task on each split."""
+    model = load(folder)
+    for task in tasks or ():
+        model.task(task)
+    quality = judge_tokenizer(model)
+    print("tokenizer", {name: round(value, 4) for name, value in quality.items()})
+    return {"tokenizer": quality, **evaluate(model, tasks, tuple(splits), clips, batch, sheets)}

@@ -3,30 +3,28 @@
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from reelm.data.writing import whole_file
-from reelm.engine.evaluation import evaluate, judge_tokenizer
-from reelm.engine.video_lm import load
+from reelm.engine.evaluation import zoetrope_suite
+from reelm.engine.reconstruction import Reconstructions
 from reelm.scripts.common import program
 
 
-@program("evaluate")
+@program("evaluate", words=("lpips", "lpips_linear"))
 def main(cfg: DictConfig) -> None:
-    if cfg.suite != "zoetrope":
-        raise ValueError(f"suite={cfg.suite} is unknown; there is zoetrope")
-    output = Path(cfg.output)
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    model, suite = settings.pop("model"), settings.pop("suite")
+    output = Path(settings.pop("output") or f"outputs/evaluation/{suite}.json")
+    sheets = settings.pop("sheets")
+    sheets = Path(sheets) if sheets else None
     output.parent.mkdir(parents=True, exist_ok=True)
-    model = load(cfg.model)
-    tasks = list(cfg.tasks) if cfg.tasks else None
-    for task in tasks or ():
-        model.task(task)
-    results = {"model": str(cfg.model), "tokenizer": judge_tokenizer(model)}
-    print("tokenizer", {name: round(value, 4) for name, value in results["tokenizer"].items()})
-    sheets = Path(cfg.sheets) if cfg.sheets else None
-    results |= evaluate(model, tasks, tuple(cfg.splits), cfg.clips, cfg.batch, sheets)
+    if suite == "zoetrope":
+        results = zoetrope_suite(model, sheets=sheets, **settings)
+    else:
+        results = Reconstructions(**settings).judge(model, sheets=sheets)
     with whole_file(output) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.write_text(json.dumps({"model": str(model), **results}, indent=1) + "\n")
     print(f"wrote {output}")
 
 
