@@ -10,10 +10,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import permutations
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from reelm.data import images
@@ -31,7 +33,7 @@ TRIES = 100  # bad files in a row before a dataset counts as unreadable
 TEXT_BYTES = 65_536  # of a caption file; the rest is not read
 
 Split = Literal["train", "validation", "all"]
-Chance = Literal["start", "crop", "zoom", "flip"]
+Chance = Literal["start", "crop", "zoom", "flip", "symmetry"]
 STORED_RATE = 25.0  # what clips say where each has the frames of its own video: those of a batch must agree
 
 
@@ -54,6 +56,15 @@ def caption_of(data: bytes, suffix: str) -> str:
     return " ".join(text.split())
 
 
+def _symmetric(video: Tensor, draw: np.ndarray) -> Tensor:
+    """A video as another that could as well have been, by four numbers in [0, 1)."""
+    upright, plain, forward, colours = draw
+    video = video if upright < 0.5 else video.flip(-2)
+    video = video if plain < 0.5 or video.shape[-1] != video.shape[-2] else video.transpose(-1, -2)
+    video = video if forward < 0.5 else video.flip(2)
+    return video[:, list(permutations(range(3)))[int(colours * 6)]]
+
+
 class Videos(Dataset[Clip], ABC):
     """Clips cut from named videos; subclasses say where the bytes and the captions are.
 
@@ -70,7 +81,8 @@ class Videos(Dataset[Clip], ABC):
         random: what is drawn, from (seed, index, draw) alone and so anew in each pass over the data: the "start"
             within the item's part of the video (else parts are spread evenly from the first frame on), the "crop" (else
             the centre), the "zoom" (up to where a stored pixel is one of the clip), a horizontal "flip" (for captions
-            that never say left or right; stereo sound is swapped too).
+            that never say left or right; stereo sound is swapped too), a "symmetry" (upside down, rows for columns in
+            squares, backwards, colours exchanged: for tokenizers, to which few videos are then many).
         controls: made for every clip, of "flow" and "depth" (`reelm.data.controls`).
         audio: also read the sound, stereo at 16 kHz; without a track, silence. A clip of one frame has none.
         remember: keep the decoded frames of each video in memory (1.5 bytes a stored pixel), for few videos that many
@@ -196,6 +208,7 @@ class Videos(Dataset[Clip], ABC):
         number, part = self._place(index)
         rng = np.random.default_rng((self.seed, index, draw))
         shift, *crop_at, flip, zoom = rng.random(5).tolist()
+        symmetry = rng.random(4)
         with self._reader(number) as reader:
             start = self._start(reader, frames, part, shift)
             options = {
@@ -215,6 +228,8 @@ class Videos(Dataset[Clip], ABC):
             clip = clip.replace(audio=clip.video.new_zeros(1, 2, round(frames / rate * 16000)), audio_rate=16000)
         if "flip" in self.random and flip < 0.5:
             clip = clip.replace(video=clip.video.flip(-1), audio=None if clip.audio is None else clip.audio.flip(1))
+        if "symmetry" in self.random:
+            clip = clip.replace(video=_symmetric(clip.video, symmetry), audio=None)
         return with_controls(clip, self.controls if controls is None else controls)
 
     @contextmanager

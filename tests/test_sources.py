@@ -287,3 +287,47 @@ def test_workers_read_what_the_main_process_reads(folder, tars, kind):
 
 def test_errors_travel_between_processes():
     assert str(pickle.loads(pickle.dumps(VideoError("a.mp4: is empty")))) == "a.mp4: is empty"
+
+
+def test_remembered_videos_give_the_same_clips(folder, monkeypatch):
+    settings = {"frames": 5, "size": 32, "clips_per_video": 3, "random": ["start", "crop", "zoom", "flip"]}
+    fresh, kept = VideoFolder(folder, **settings), VideoFolder(folder, **settings, remember=True)
+    kept.get(3)  # all of this video is in memory from here on
+    monkeypatch.setattr("reelm.data.decoding.Decoder._restarted", lambda *_: pytest.fail("decoded again"))
+    again = [kept.get(index, draw=draw) for index in (3, 4, 5) for draw in (0, 1)]
+    monkeypatch.undo()
+    for clip, (index, draw) in zip(again, [(i, d) for i in (3, 4, 5) for d in (0, 1)]):
+        assert torch.equal(clip.video, fresh.get(index, draw=draw).video)
+
+
+def test_without_a_rate_the_stored_frames_are_taken(tmp_path):
+    for name, fps in (("slow", 5.0), ("fast", 20.0)):
+        write_video(tmp_path / f"{name}.mp4", ramp(-0.5).replace(fps=fps), quality=8)
+    clips = [clip for clip in map(VideoFolder(tmp_path, frames=24, size=32, fps=None).get, (0, 1))]
+    assert clips[0].fps == clips[1].fps  # so that they fit into one batch
+    for clip in clips:
+        steps = clip.video.mean((0, 1, 3, 4)).diff()
+        assert (steps > 0.003).all() and steps.max() < 0.04  # none twice and none left out
+    with pytest.raises(ValueError, match="sound has no one length"):
+        VideoFolder(tmp_path, fps=None, audio=True)
+
+
+def test_zoom_shows_less_of_the_picture_and_never_enlarges_a_pixel(tmp_path):
+    across = torch.linspace(-1, 1, 96).expand(1, 3, 9, 64, 96)
+    write_video(tmp_path / "ramp.mp4", Clip(across.contiguous(), fps=8.0), quality=8)
+    videos = VideoFolder(tmp_path, frames=1, size=32, random=["crop", "zoom"])
+    spans = []
+    for draw in range(30):
+        row = videos.get(0, draw=draw).video[0, 0, 0, 16]
+        spans.append(float(row[-1] - row[0]))  # of the 2 that the whole ramp spans
+    assert min(spans) >= 2 * 31 / 96 - 0.1 and max(spans) <= 2 * 64 / 96 + 0.1 and max(spans) > 1.5 * min(spans)
+
+
+def test_symmetries_keep_what_is_shown(folder):
+    plain = VideoFolder(folder, frames=5, size=32).get(1).video
+    made = [VideoFolder(folder, frames=5, size=32, random=["symmetry"]).get(1, draw=draw).video for draw in range(12)]
+    assert len({tuple(video.mean((0, 1, 3, 4)).tolist()) for video in made}) > 1  # forwards and backwards
+    for video in made:
+        assert torch.allclose(video.flatten().sort().values, plain.flatten().sort().values)
+    with pytest.raises(ValueError, match="sound does not bear"):
+        VideoFolder(folder, random=["symmetry"], audio=True)
