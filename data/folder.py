@@ -113,11 +113,14 @@ class Videos(Dataset[Clip], ABC):
         for name, value in (("frames", frames), ("clips_per_video", clips_per_video)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        unknown = set(random) - set(get_args(Chance))
+        chances = get_args(Chance)
+        unknown = set(random) - set(chances)
         if unknown:
-            raise ValueError(
-                f"random={list(random)} holds {unknown.pop()!r}; it can hold {', '.join(get_args(Chance))}"
-            )
+            raise ValueError(f"random={list(random)} holds {unknown.pop()!r}; it can hold {', '.join(chances)}")
+        if audio and "symmetry" in random:
+            raise ValueError("random=[symmetry] may turn time round, which sound does not bear; set audio=false")
+        if audio and fps is None:
+            raise ValueError("fps=null takes the stored frames at any rate, so their sound has no one length; give fps")
         self.keys, self.where, self.frames, self.fps = list(keys), where, frames, fps
         self.size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.clips_per_video, self.random, self.seed = clips_per_video, tuple(random), seed
