@@ -21,7 +21,8 @@ class Clip:
     controls: named tensors whose first axis is the batch: mask `(B, 1, T, H, W)` bool, depth `(B, 1, T, H, W)` in
         [0, 1] (1 is near), flow `(B, 2, T, H, W)` in pixels to the next frame, camera `(B, T, 3, 4)`...
     keys: where each sample came from (a path, or "zoetrope/train/17"), for messages and for exact-resume checks.
-    tokens: ids `(B, t, h, w)` int64 that a tokenizer made of exactly this video, or None.
+    tokens: ids `(B, t, h, w)` int64, or latents `(B, t, h, w, D)` float, that a tokenizer made of exactly this video;
+        or None.
     """
 
     video: Tensor
@@ -36,8 +37,8 @@ class Clip:
     def __post_init__(self) -> None:
         if self.video.ndim != 5 or self.video.shape[1] != 3:
             raise ValueError(f"a clip's video is (B, 3, T, H, W); got {tuple(self.video.shape)}")
-        if self.tokens is not None and (self.tokens.ndim != 4 or len(self.tokens) != len(self.video)):
-            raise ValueError(f"{len(self.video)} videos have tokens (B, t, h, w); got {tuple(self.tokens.shape)}")
+        if self.tokens is not None and (self.tokens.ndim not in (4, 5) or len(self.tokens) != len(self.video)):
+            raise ValueError(f"{len(self.video)} videos have tokens (B, t, h, w[, D]); got {tuple(self.tokens.shape)}")
         for name in ("captions", "keys"):
             values = tuple(getattr(self, name)) or ("",) * len(self.video)
             if len(values) != len(self.video):

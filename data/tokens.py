@@ -1,7 +1,8 @@
-"""Clips as token ids in shards: each a safetensors file that can tell whether it is whole, with one index over all.
+"""Clips as tokens in shards: each a safetensors file that can tell whether it is whole, with one index over all.
 
-A shard holds `ids` `(N, t, h, w)` in the smallest unsigned type that holds the vocabulary, `captions` and `keys` as
-UTF-8 bytes one after the other, with where each ends, and `notes`: the settings that made it and what was left out.
+A shard holds `ids` `(N, t, h, w)` in the smallest unsigned type that holds the vocabulary or, of a tokenizer without
+one, latents `(N, t, h, w, D)` in half precision under the same name; `captions` and `keys` as UTF-8 bytes one after the
+other, with where each ends; and `notes`: the settings that made it and what was left out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _digest(notes: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
 def write_shard(path: Path, ids: np.ndarray, captions: Sequence[str], keys: Sequence[str], notes: dict) -> None:
     """Writes one shard; the same arguments make the same bytes. Raises OSError where it cannot be written.
 
-    ids: `(N, t, h, w)` unsigned. notes: what JSON can hold.
+    ids: `(N, t, h, w)` unsigned, or `(N, t, h, w, D)` float16. notes: what JSON can hold.
     """
     tensors = {"ids": ids}
     for name, texts in (("captions", captions), ("keys", keys)):
@@ -86,12 +87,17 @@ class Shard:
         if _digest(self.notes, {name: self._file.get_tensor(name) for name in TENSORS}) != self._said:
             raise self._damaged()
 
-    def ids(self, row: int, frames: int, vocabulary: int) -> np.ndarray:
-        """The first `frames` latent frames of a row, `(1, frames, h, w)` int64; ValueError where they are no ids."""
-        ids = self._slices["ids"][row : row + 1, :frames].astype(np.int64)
-        if ids.max() >= vocabulary:
+    def tokens(self, row: int, frames: int, vocabulary: int | None) -> np.ndarray:
+        """The first `frames` latent frames of a row: ids `(1, frames, h, w)` int64 or, where there is no vocabulary,
+        latents `(1, frames, h, w, D)` float32. ValueError where they are none."""
+        stored = self._slices["ids"][row : row + 1, :frames]
+        if vocabulary is None:
+            if stored.dtype != np.float16 or not np.isfinite(stored).all():
+                raise self._damaged()
+            return stored.astype(np.float32)
+        if stored.dtype.kind != "u" or stored.max() >= vocabulary:
             raise self._damaged()
-        return ids
+        return stored.astype(np.int64)
 
     def text(self, name: str, row: int) -> str:
         """The caption or key of a row; name: "captions" or "keys"."""
@@ -171,11 +177,11 @@ class TokenShards(Dataset[Clip]):
                 f"not {frames}"
             )
         shard, row = self._place(index)
-        ids = shard.ids(row, 1 + (frames - 1) // self.step, self.vocabulary)
+        tokens = shard.tokens(row, 1 + (frames - 1) // self.step, self.vocabulary)
         return Clip(
             torch.empty(1, 3, frames, *self.size, device="meta"),
             fps=self.fps,
             captions=(shard.text("captions", row),),
             keys=(shard.text("keys", row),),
-            tokens=torch.from_numpy(ids),
+            tokens=torch.from_numpy(tokens),
         )

@@ -25,7 +25,7 @@ from reelm.engine.video_lm import load_tokenizer
 from reelm.evaluation.reconstruction import bits_per_pixel, code_usage, mean_over_frames, psnr, ssim
 from reelm.tokenizers.perceptual import LPIPS
 from reelm.tokenizers.streaming import decode_stream, encode_stream
-from reelm.tokenizers.tokenizer import VideoTokenizer
+from reelm.tokenizers.tokenizer import VideoTokenizer, in_half_precision
 
 Note = Callable[[str], None]
 SMALLEST, LARGEST = 32, 4096  # pixels a side; LPIPS takes no less
@@ -159,14 +159,17 @@ def compare(
     clip: Clip, tokenizer: VideoTokenizer, codecs: tuple[str, ...], lpips: LPIPS | None, note: Note
 ) -> list[Result]:
     """The tokenizer's reconstruction of a batch of one, then each codec's at as many bits."""
-    ids = torch.cat(list(encode_stream(tokenizer, [clip.video])), 1)  # streams bound the memory
-    usage = code_usage(ids, tokenizer.vocabulary)
-    bits = ids.numel() * usage["bits_per_token"]
-    entropy = bits_per_pixel(ids.numel() * usage["entropy"], clip.video)
-    video = torch.cat(list(decode_stream(tokenizer, [ids])), 2)
-    results = [
-        measure("tokenizer", video, clip, bits, lpips, tokens=ids.numel(), **usage, entropy_bits_per_pixel=entropy)
-    ]
+    tokens = torch.cat(list(encode_stream(tokenizer, [clip.video])), 1)  # streams bound the memory
+    count = tokens[0, ..., 0].numel() if tokenizer.vocabulary is None else tokens.numel()
+    if tokenizer.vocabulary is None:
+        tokens = in_half_precision(tokens)
+        usage = {"numbers_per_token": tokens.shape[-1], "bits_per_token": 16.0 * tokens.shape[-1]}
+    else:
+        usage = code_usage(tokens, tokenizer.vocabulary)
+        usage["entropy_bits_per_pixel"] = bits_per_pixel(count * usage["entropy"], clip.video)
+    bits = count * usage["bits_per_token"]
+    video = torch.cat(list(decode_stream(tokenizer, [tokens])), 2)
+    results = [measure("tokenizer", video, clip, bits, lpips, tokens=count, **usage)]
     for name in check_codecs(codecs):
         encoded = encode(clip, name, bits)
         if not encoded.reached:
@@ -184,7 +187,7 @@ HEADS = {"psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".4f"), "bits_per_pixel": 
 
 
 def table(results: list[Result]) -> str:
-    """A row for each result, and what the tokenizer's codes say."""
+    """A row for each result, and what the tokenizer's tokens are."""
     names = [name for name in results[0].figures if name in HEADS or name.startswith("lpips")]
     heads = [HEADS.get(name, (name.replace("lpips_", "LPIPS-"), ".4f")) for name in names]
     lines = [f"{'':<12}" + "".join(f"{head:>12}" for head, _ in heads) + f"{'of the bits':>14}"]
@@ -193,6 +196,9 @@ def table(results: list[Result]) -> str:
         cells = "".join(f"{result.figures[name]:>12{style}}" for name, (_, style) in zip(names, heads))
         lines.append(f"{result.name:<12}{cells}{result.figures['bits'] / asked:>14.3f}")
     f = results[0].figures
+    if "numbers_per_token" in f:
+        lines.append(f"{f['tokens']:,} latents of {f['numbers_per_token']} numbers, 16 bits each, rounded to them here")
+        return "\n".join(lines)
     lines.append(
         f"{f['tokens']:,} tokens: {f['codes_used']:,} of {f['vocabulary']:,} codes, perplexity {f['perplexity']:,.1f}; "
         f"{f['bits_per_token']:.2f} bits a token, {f['entropy']:.2f} by the entropy of these tokens "

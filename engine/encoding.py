@@ -29,7 +29,7 @@ from reelm.data.reading import VideoError
 from reelm.data.tokens import INDEX, Shard, TokenShards, shard_name, write_shard
 from reelm.data.writing import whole_file
 from reelm.engine import store
-from reelm.tokenizers.tokenizer import VideoTokenizer
+from reelm.tokenizers.tokenizer import VideoTokenizer, in_half_precision
 
 BACKENDS = ("local", "ray")
 
@@ -138,7 +138,11 @@ class Encoding:
         """Encodes what was read of each of the shard's batches and writes the shard."""
         device = next(self.tokenizer.parameters()).device
         grid = self.tokenizer.grid(self.source.frames, *self.settings["size"])
-        ids = [np.empty((0, *grid), np.min_scalar_type(self.tokenizer.vocabulary - 1))]
+        vocabulary = self.tokenizer.vocabulary
+        if vocabulary is None:
+            tokens = [np.empty((0, *grid, self.tokenizer.quantizer.dim), np.float16)]
+        else:
+            tokens = [np.empty((0, *grid), np.min_scalar_type(vocabulary - 1))]
         captions: list[str] = []
         keys: list[str] = []
         failures: list[tuple[str, str]] = []
@@ -147,11 +151,13 @@ class Encoding:
             clips = [read for read in batch if isinstance(read, Clip)]
             if clips:
                 clip = Clip.stack(clips)
-                ids.append(self.tokenizer.encode(clip.video.to(device)).cpu().numpy().astype(ids[0].dtype))
+                made = self.tokenizer.encode(clip.video.to(device))
+                made = in_half_precision(made) if vocabulary is None else made
+                tokens.append(made.cpu().numpy().astype(tokens[0].dtype))
                 captions += clip.captions
                 keys += clip.keys
         notes = {"settings": self.settings, "shard": number, "failures": failures}
-        write_shard(self.path(number), np.concatenate(ids), captions, keys, notes)
+        write_shard(self.path(number), np.concatenate(tokens), captions, keys, notes)
 
     def present(self) -> dict[int, Shard]:
         """The whole shards that are there, by number; ValueError where the folder holds tokens of something else."""

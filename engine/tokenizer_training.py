@@ -34,7 +34,7 @@ class TokenizerTraining(L.LightningModule):
         optimisation: learning rate and schedule.
         perceptual: a module `(video, target) -> scalar` such as `reelm.tokenizers.perceptual.LPIPS`, or None.
         adversary: a `reelm.tokenizers.discriminator.Adversary`, trained along, or None.
-        reconstruction_weight, commitment_weight, entropy_weight, perceptual_weight: of the loss terms.
+        reconstruction_weight, commitment_weight, entropy_weight, kl_weight, perceptual_weight: of the loss terms.
         entropy_boost, entropy_steps: the entropy terms begin with `1 + entropy_boost` times their weight, which falls
             to the weight itself over these steps; the paper has 3 and 2,000.
         reconstruction: "l2", "l1", or "psnr": the logarithm of each clip's L2, so that easy and hard clips count alike.
@@ -53,6 +53,7 @@ class TokenizerTraining(L.LightningModule):
         reconstruction_weight: float = 5.0,
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.1,
+        kl_weight: float = 1e-5,
         perceptual_weight: float = 0.1,
         entropy_boost: float = 0.0,
         entropy_steps: int = 2000,
@@ -68,6 +69,7 @@ class TokenizerTraining(L.LightningModule):
             "commitment": commitment_weight,
             "sample_entropy": entropy_weight,
             "batch_entropy": -entropy_weight,
+            "kl": kl_weight,
             "perceptual": perceptual_weight,
         }
         self.entropy_boost, self.entropy_steps = entropy_boost, entropy_steps
@@ -111,20 +113,20 @@ class TokenizerTraining(L.LightningModule):
             raise ValueError("a tokenizer is trained on pixels and data=tokens holds none; name the clips themselves")
 
     def losses(self, video: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Named, unweighted terms; the reconstruction; the ids."""
-        reconstruction, ids, terms = self.tokenizer(video)
+        """Named, unweighted terms; the reconstruction; the tokens."""
+        reconstruction, tokens, terms = self.tokenizer(video)
         reconstruction = reconstruction.float()
         terms["reconstruction"] = ERRORS[self.reconstruction](reconstruction - video)
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(reconstruction, video)
-        return terms, reconstruction, ids
+        return terms, reconstruction, tokens
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         video, self.batch_keys = batch.clip.video, batch.clip.keys
         if self.frames is not None and self.frames < video.shape[2]:
             start = int(torch.randint(video.shape[2] - self.frames + 1, ()))
             video = video[:, :, start : start + self.frames]
-        terms, reconstruction, ids = self.losses(video)
+        terms, reconstruction, tokens = self.losses(video)
         boost = 1 + self.entropy_boost * max(0.0, 1 - self.global_step / self.entropy_steps)
         loss = sum(
             self.weights[name] * value * (boost if name.endswith("_entropy") else 1) for name, value in terms.items()
@@ -135,27 +137,31 @@ class TokenizerTraining(L.LightningModule):
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(video))
         self.log("train/loss", loss.detach(), batch_size=len(video))
         self.log("train/psnr", psnr(reconstruction.detach(), video).mean(), prog_bar=True, batch_size=len(video))
-        self.log("train/codes", float(ids.unique().numel()), prog_bar=True, batch_size=len(video))
+        if self.tokenizer.vocabulary is not None:
+            self.log("train/codes", float(tokens.unique().numel()), prog_bar=True, batch_size=len(video))
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
         video = batch.clip.video
-        reconstruction, ids, _ = self.tokenizer(video)
-        self._seen.append(ids.flatten().cpu())
+        reconstruction, tokens, _ = self.tokenizer(video)
+        self._seen.append(tokens.flatten().cpu())
         self.log("val/psnr", psnr(reconstruction, video).mean(), prog_bar=True, batch_size=len(video), sync_dist=True)
         if index == 0:
             self._rate = batch.clip.fps
             self._samples = torch.stack([video[:4], reconstruction[:4].float().clamp(-1, 1)], 1).flatten(0, 1)
 
     def on_validation_epoch_end(self) -> None:
-        ids = torch.cat(self._seen)
+        tokens = torch.cat(self._seen)
         self._seen.clear()
-        if idle := idle_bits(ids, self.tokenizer.vocabulary):
+        if self.tokenizer.vocabulary is None:
+            self.log("val/latent_std", tokens.std(), sync_dist=True)  # 1 where the running statistics have followed
+            return
+        if idle := idle_bits(tokens, self.tokenizer.vocabulary):
             rank_zero_warn(
                 f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
                 "idle; lower the learning rate or, with lookup-free quantization, raise entropy_weight"
             )
-        usage = code_usage(ids, self.tokenizer.vocabulary)
+        usage = code_usage(tokens, self.tokenizer.vocabulary)
         self.log("val/codes_used", float(usage["codes_used"]), sync_dist=True)
         self.log("val/perplexity", usage["perplexity"], sync_dist=True)
 

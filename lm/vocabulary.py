@@ -73,6 +73,10 @@ class Vocabulary:
     """
 
     def __init__(self, visual: int, audio: int = 0, text: int = 0) -> None:
+        if visual is None:
+            raise ValueError(
+                "this tokenizer's tokens are continuous and no head predicts such: take a tokenizer with codes"
+            )
         self.visual, self.audio, self.text = visual, audio, text
         for name in ("visual", "audio", "text"):
             if getattr(self, name) < 0:

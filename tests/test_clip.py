@@ -48,7 +48,7 @@ def test_tokens_stay_with_their_clips_and_need_no_pixels():
     assert Clip.stack([whole, whole.replace(tokens=None)]).tokens is None
     moved = whole.to("cpu", torch.float16)
     assert moved.video.is_meta and moved.tokens.dtype == torch.int64 and moved.device.type == "cpu"
-    with pytest.raises(ValueError, match=r"2 videos have tokens \(B, t, h, w\); got \(3, 2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"2 videos have tokens \(B, t, h, w\[, D\]\); got \(3, 2, 2, 2\)"):
         clip(2, tokens=whole.tokens)
 
 

@@ -182,7 +182,7 @@ def test_damaged_shards_are_made_anew(clips, tokenizer, tokens, tmp_path, capfd)
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     write_shard(tmp_path / "x.safetensors", np.full((1, 2, 2, 2), 5000, np.uint16), [""], ["a"], {})
     with pytest.raises(ValueError, match="damaged"):
-        Shard(tmp_path / "x.safetensors").ids(0, 2, 4096)
+        Shard(tmp_path / "x.safetensors").tokens(0, 2, 4096)
 
 
 def test_texts_of_all_kinds_come_back(tmp_path):

@@ -89,7 +89,7 @@ def test_entropy_of_18_bits_makes_no_table_of_all_codes():
 def test_agreement_with_the_library():
     bits, temperature = 6, 0.5
     ours, library = LFQ(bits, temperature), LibraryLFQ(dim=bits, codebook_size=2**bits, num_codebooks=1)
-    z = torch.randn(2, bits, 3, 4, 5)
+    z = torch.randn(2, bits, 3, 4, 5, requires_grad=True)
     quantized, ids, losses = ours(z)
     (theirs, their_ids, _), breakdown = library(z, inv_temperature=1 / temperature, return_loss_breakdown=True)
     reversed_ids = sum(((their_ids >> i) & 1) << (bits - 1 - i) for i in range(bits))  # its first bit counts most
@@ -98,6 +98,8 @@ def test_agreement_with_the_library():
     torch.testing.assert_close(ours.lookup(ids), library.indices_to_codes(their_ids))
     assert losses["sample_entropy"].item() == pytest.approx(breakdown.per_sample_entropy.item(), abs=1e-3)
     assert losses["batch_entropy"].item() == pytest.approx(breakdown.batch_entropy.item(), abs=1e-3)
+    terms = [losses["sample_entropy"] - losses["batch_entropy"], breakdown.per_sample_entropy - breakdown.batch_entropy]
+    torch.testing.assert_close(*(torch.autograd.grad(term, z)[0] for term in terms), atol=2e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("bits", [1, 8, 18])

@@ -80,6 +80,24 @@ def test_a_tokenizer_is_trained_against_an_adversary(tmp_path):
     assert not any("discriminator" in name for name in store.load(tmp_path / "model").state_dict())
 
 
+def test_a_tokenizer_without_quantization_goes_through_the_programs(tmp_path, capfd):
+    tiny = [argument for argument in TINY if "quantizer" not in argument] + ["quantizer=continuous"]
+    gaussian = ("quantizer.gaussian=true", "trainer.log_every_n_steps=1")
+    assert program("train", "stage=tokenizer", *tiny, *gaussian, f"output={tmp_path}/run") == 0
+    logged = (tmp_path / "run/logs/metrics.csv").read_text()
+    assert "train/kl" in logged and "val/latent_std" in logged and "codes" not in logged
+    tokenizer = store.load(tmp_path / "run/model")
+    assert tokenizer.quantizer.batches == 2 and tokenizer.vocabulary is None
+    clip = write_video(tmp_path / "a.mp4", Clip(torch.rand(1, 3, 5, 32, 32) * 2 - 1))
+    common = (f"video={clip}", f"model={tmp_path}/run/model", f"output={tmp_path}/out.mp4")
+    assert program("reconstruct", *common, "codecs=[h264]") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["tokenizer"]["bits_per_token"] == 16 * 8
+    capfd.readouterr()
+    given = (*LM, *tiny, "task=t2v", f"stage.tokenizer={tmp_path}/run/model", f"output={tmp_path}/lm")
+    assert program("train", *given) == 2
+    assert error_line(capfd).startswith("error: this tokenizer's tokens are continuous")
+
+
 def test_a_decoder_is_trained_on_for_the_same_tokens(tokenizer, tmp_path):
     only = ("stage.part=decoder", f"init={tokenizer}/model", f"output={tmp_path}")
     assert (

@@ -95,7 +95,7 @@ class ClosedLoop(VideoTokenizer):
         coefficients = 3 * len(self.basis)
         self.begin = nn.Parameter(torch.zeros(width))
         self.encoder = network(2 * coefficients + width, width, encoder_blocks)
-        self.to_latent = nn.Conv2d(width, quantizer.dim, 1)
+        self.to_latent = nn.Conv2d(width, quantizer.inputs, 1)
         self.mover = network(quantizer.dim + coefficients + width, width, motion_blocks)
         self.to_flow = nn.Conv2d(width, 8, 1)
         self.see = nn.Conv2d(coefficients, width, 1)

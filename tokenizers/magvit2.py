@@ -259,7 +259,7 @@ class MAGVIT2(VideoTokenizer):
                 encoder.add_module(f"level{level}_down", CausalConv3d(width, width, down, strides[level]))
         encoder.add_module("norm", norm(top))
         encoder.add_module("act", nn.SiLU())
-        encoder.add_module("last", nn.Conv3d(top, quantizer.dim, 1))
+        encoder.add_module("last", nn.Conv3d(top, quantizer.inputs, 1))
 
         decoder = self.decoder = Causal()
         decoder.add_module("first", CausalConv3d(quantizer.dim, top, kernels[-1]))

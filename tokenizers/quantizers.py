@@ -1,7 +1,8 @@
 """Quantizers behind one interface: latents `(B, D, T, H, W)` to codes and back.
 
-Each has `dim` (D), `vocabulary` (number of codes), `forward(z) -> (quantized, ids, losses)` where gradients pass
-straight through and `losses` are unweighted named terms, and `lookup(ids) -> latents`.
+Each has `dim` (D), `inputs` (channels that it asks of the encoder, in most D), `vocabulary` (number of codes),
+`forward(z) -> (quantized, ids, losses)` where gradients pass straight through and `losses` are unweighted named terms,
+and `lookup(ids) -> latents`. `Continuous` stands in the same place and quantizes nothing: its vocabulary is None.
 """
 
 from __future__ import annotations
@@ -30,17 +31,27 @@ def lfq_entropy(z: Tensor, temperature: float, group: int = 9) -> tuple[Tensor, 
 
     Returns (mean per-sample entropy, entropy of the batch average).
     """
-    logits = 4.0 * z.float() / temperature
-    per_sample = binary_entropy(logits).sum(-1).mean()
+    logits = (z.float().T * (4.0 / temperature)).contiguous()  # (D, N): what follows runs along the samples
+    per_sample = binary_entropy(logits).sum() / len(z)
+    ones = logits.sigmoid()
+    sides = torch.stack([1 - ones, ones], 1)  # (D, 2, N)
     batch = z.new_zeros((), dtype=torch.float32)
-    for part in logits.split(group, dim=-1):
-        p = part.sigmoid()
-        joint = torch.ones_like(p[:, :1])
-        for bit in range(p.shape[-1]):  # outer product, one bit at a time: (N, 2^bits), the first bit least significant
-            joint = torch.cat([joint * (1 - p[:, bit : bit + 1]), joint * p[:, bit : bit + 1]], dim=-1)
-        mean = joint.mean(0)
+    for part in sides.split(group):
+        # the mean over the samples of a product of two tables is a matrix product: it takes the tables of the group's
+        # halves and spares that of the whole group, 2^bits numbers for each sample
+        half = len(part) // 2
+        with torch.autocast(z.device.type, enabled=False):
+            mean = _joint(part[:half]) @ _joint(part[half:]).T / len(z)
         batch = batch - (mean * (mean + 1e-9).log()).sum()
     return per_sample, batch
+
+
+def _joint(sides: Tensor) -> Tensor:
+    """Probabilities `(2^bits, N)` of all values of independent bits, those of whose values are `(bits, 2, N)`."""
+    joint = sides.new_ones(1, sides.shape[2])
+    for bit in sides:
+        joint = (bit.unsqueeze(1) * joint).flatten(0, 1)
+    return joint
 
 
 class LFQ(nn.Module):
@@ -54,7 +65,7 @@ class LFQ(nn.Module):
 
     def __init__(self, bits: int = 18, temperature: float = 0.01) -> None:
         super().__init__()
-        self.bits = self.dim = bits
+        self.bits = self.dim = self.inputs = bits
         self.vocabulary = 2**bits
         self.temperature = temperature
         self.register_buffer("powers", 2 ** torch.arange(bits), persistent=False)
@@ -81,7 +92,7 @@ class FSQ(nn.Module):
     def __init__(self, levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)) -> None:
         super().__init__()
         self.levels = tuple(levels)
-        self.dim = len(levels)
+        self.dim = self.inputs = len(levels)
         self.vocabulary = math.prod(levels)
         self.fsq = _FSQ(levels=list(levels))
 
@@ -124,7 +135,7 @@ class VQ(nn.Module):
             raise ValueError(f"{levels} levels of {codes} codes cannot be numbered; take 2 codes and 1 level or more")
         if cosine and levels > 1:
             raise ValueError(f"what a level leaves over has a length; levels={levels} asks for cosine=false")
-        self.codes, self.dim, self.levels = codes, dim, levels
+        self.codes, self.dim, self.inputs, self.levels = codes, dim, dim, levels
         self.decay, self.cosine, self.dead = decay, cosine, dead
         self.vocabulary = codes**levels
         self.vq = _ResidualVQ(
@@ -146,3 +157,65 @@ class VQ(nn.Module):
     def lookup(self, ids: Tensor) -> Tensor:
         levels = ids.flatten(1)[..., None] // self.places % self.codes
         return self.vq.get_output_from_indices(levels).unflatten(1, ids.shape[1:]).movedim(-1, 1)
+
+
+class Continuous(nn.Module):
+    """No quantization: the latents are the tokens, `(B, T, H, W, D)` float32, as models that denoise them take them.
+
+    Each channel of a token is shifted and scaled by its mean and standard deviation over what training has seen, so
+    that tokens have about unit variance whatever scale the encoder has found; `lookup` undoes it. What the decoder sees
+    is the encoder's own scale.
+
+    Args:
+        dim: latent channels; 8 in W.A.L.T (arXiv:2312.06662), which has the networks of MAGVIT-v2 with nothing in
+            between.
+        gaussian: the encoder gives mean and log-variance of a normal distribution, from which training draws (VAE,
+            arXiv:1312.6114), and whose divergence from the standard one is the term `kl`, in nats a channel. Tokens are
+            its means.
+    """
+
+    vocabulary = None
+    slowest = 0.01  # the least weight of a batch in the running statistics; the first batches count alike
+
+    def __init__(self, dim: int = 8, gaussian: bool = False) -> None:
+        super().__init__()
+        self.dim, self.gaussian = dim, gaussian
+        self.inputs = 2 * dim if gaussian else dim
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        z, losses = z.float(), {}
+        if self.gaussian:
+            z, log_variance = z.chunk(2, 1)
+        if self.training:
+            self._follow(z.detach())
+        tokens = ((z.detach() - self._shaped(self.mean)) / self._shaped(self._deviation)).movedim(1, -1)
+        if self.gaussian and self.training:
+            log_variance = log_variance.clamp(-30.0, 20.0)  # else a wild first step overflows
+            losses["kl"] = 0.5 * (z.square() + log_variance.exp() - 1 - log_variance).mean()
+            z = z + (0.5 * log_variance).exp() * torch.randn_like(z)
+        return z, tokens, losses
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        return tokens.float().movedim(-1, 1) * self._shaped(self._deviation) + self._shaped(self.mean)
+
+    @property
+    def _deviation(self) -> Tensor:
+        return self.variance.sqrt().clamp_min(1e-6)  # of a channel that never moves
+
+    @staticmethod
+    def _shaped(values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def _follow(self, z: Tensor) -> None:
+        """Counts a batch in: the variance is that of the mixture, so it holds how the mean has moved."""
+        self.batches += 1
+        weight = (1 / self.batches).clamp_min(self.slowest)
+        variance, mean = torch.var_mean(z, (0, 2, 3, 4), correction=0)
+        apart = mean - self.mean
+        self.variance.lerp_(variance, weight)
+        self.variance += weight * (1 - weight) * apart.square()
+        self.mean += weight * apart

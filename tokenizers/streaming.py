@@ -26,7 +26,7 @@ def _recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
 
 
 def encode_stream(tokenizer: nn.Module, video: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
-    """Ids `(B, t, h, w)`, piece by piece, of a clip that comes in pieces `(B, 3, T, H, W)` of any lengths.
+    """Tokens, piece by piece along their axis 1, of a clip that comes in pieces `(B, 3, T, H, W)` of any lengths.
 
     Args:
         tokenizer: a causal one (`MAGVIT2`).
@@ -38,8 +38,8 @@ def encode_stream(tokenizer: nn.Module, video: Iterable[Tensor], latent_frames: 
         yield tokenizer.encode(piece, past)
 
 
-def decode_stream(tokenizer: nn.Module, ids: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
-    """Pixels `(B, 3, T, H, W)` in [-1, 1], piece by piece, of ids that come in pieces `(B, t, h, w)` of any lengths."""
+def decode_stream(tokenizer: nn.Module, tokens: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
+    """Pixels `(B, 3, T, H, W)` in [-1, 1], piece by piece, of tokens that come in pieces of any lengths."""
     past = {}
-    for piece in _recut((part.unsqueeze(1) for part in ids), latent_frames, latent_frames):
+    for piece in _recut((part.unsqueeze(1) for part in tokens), latent_frames, latent_frames):
         yield tokenizer.decode(piece.squeeze(1), past)

@@ -17,8 +17,18 @@ def begins(part: nn.Module, past: Past | None, x: Tensor) -> bool:
     return not begun
 
 
+def in_half_precision(latents: Tensor) -> Tensor:
+    """Continuous tokens rounded to the 16 bits a number in which they are stored; ValueError where they do not fit."""
+    half = latents.half()
+    if not half.isfinite().all():
+        raise ValueError("the latents do not fit 16 bits a number: the video or the tokenizer's weights are no good")
+    return half.to(latents.dtype)
+
+
 class VideoTokenizer(nn.Module):
-    """A causal network between pixels and latents, and a quantizer between latents and ids.
+    """A causal network between pixels and latents, and a quantizer between latents and tokens.
+
+    Tokens are ids `(B, t, h, w)` int64 or, where `vocabulary` is None, latents `(B, t, h, w, D)` float32.
 
     Frame 0 is a latent frame of its own, and each `compression[0]` frames after it are one more, so `1 + t * k` frames
     make `1 + k`. A stream is a clip given in pieces, the first of `1 + t * k` frames and the others of `t * k`
@@ -33,15 +43,16 @@ class VideoTokenizer(nn.Module):
     compression: Triple
 
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, D, t, h, w)`."""
+        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, quantizer.inputs, t, h, w)`."""
         raise NotImplementedError
 
     def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        """Quantized latents to pixels, not clipped."""
+        """Quantized latents `(B, D, t, h, w)` to pixels, not clipped."""
         raise NotImplementedError
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary(self) -> int | None:
+        """Number of codes; None where tokens are continuous."""
         return self.quantizer.vocabulary
 
     def grid(self, frames: int, height: int, width: int) -> Triple:
@@ -60,15 +71,15 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` to ids `(B, t, h, w)` int64."""
+        """`(B, 3, T, H, W)` to tokens."""
         return self.quantizer(self.encode_latents(video, past))[1]
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """Ids `(B, t, h, w)` to pixels in [-1, 1]."""
-        return self.decode_latents(self.quantizer.lookup(ids), past).float().clamp(-1, 1)
+    def decode(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+        """Tokens to pixels in [-1, 1]."""
+        return self.decode_latents(self.quantizer.lookup(tokens), past).float().clamp(-1, 1)
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstruction (not clipped), ids, and the quantizer's loss terms."""
-        quantized, ids, losses = self.quantizer(self.encode_latents(video))
-        return self.decode_latents(quantized), ids, losses
+        """Reconstruction (not clipped), tokens, and the quantizer's loss terms."""
+        quantized, tokens, losses = self.quantizer(self.encode_latents(video))
+        return self.decode_latents(quantized), tokens, losses

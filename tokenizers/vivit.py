@@ -180,8 +180,8 @@ class ViViT(VideoTokenizer):
         self.width, self.heads, self.layers, self.window = width, heads, layers, window
         self.decoder_layers = decoder_layers or layers[::-1]
         self.encoder, self.decoder = (
-            kind(self.patch, Layers(order, width, heads, window), width, quantizer.dim)
-            for kind, order in ((Encoder, layers), (Decoder, self.decoder_layers))
+            kind(self.patch, Layers(order, width, heads, window), width, dim)
+            for kind, order, dim in ((Encoder, layers, quantizer.inputs), (Decoder, self.decoder_layers, quantizer.dim))
         )
 
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
