@@ -35,6 +35,7 @@ from reelm.lm.sampling import Sampling, generate, seeded
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
 from reelm.tasks.task import Given
+from reelm.tokenizers.quantizers import lfq_entropy
 from reelm.tokenizers.tokens import Tokens
 
 SUITES = ("zoetrope", "decode")
@@ -153,7 +154,9 @@ def tokenizer_arms(model: VideoLM, video: Tensor) -> dict[str, Arm]:
     def decode() -> Tensor:
         return model.tokenizer.decode(codes)
 
+    latents = torch.randn(2560, 18)
     return {
+        "lfq entropy": Arm(lambda: lfq_entropy(latents, 0.01), len(latents), "tokens/s"),
         "tokenizer encode": Arm(encode, len(video), "clips/s", flops(encode), "conv3d fp32"),
         "tokenizer decode": Arm(decode, len(video), "clips/s", flops(decode), "conv3d fp32"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -20,9 +19,10 @@ from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
 from reelm.data.reading import VideoReader
 from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
 from reelm.engine.generation import whole_length
+from reelm.engine.outside import weights_digest
 from reelm.engine.store import fingerprint
 from reelm.engine.video_lm import load_tokenizer
-from reelm.evaluation.reconstruction import bits_per_pixel, code_usage, mean_over_frames, psnr, ssim
+from reelm.evaluation.reconstruction import bits_per_pixel, mean_over_frames, psnr, ssim, token_usage
 from reelm.tokenizers.perceptual import LPIPS
 from reelm.tokenizers.streaming import decode_stream, encode_stream
 from reelm.tokenizers.tokenizer import VideoTokenizer, in_half_precision
@@ -36,9 +36,10 @@ MOST_PIXELS = 1 << 18  # of a frame, where the user names no size
 class Comparison:
     """What is compared; the fields are those of conf/reconstruct.yaml.
 
-    video: a clip or picture. model: a model of the box, its folder, or a tokenizer's folder. output: the clip to
-    write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps: None for
-    every frame of the video. frames: at most. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS.
+    video: a clip or picture. model: a model of the box, its folder, or a tokenizer's, also from outside. output: the
+    clip to write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps:
+    None for every frame of the video. frames: at most. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of
+    CODECS. trust: model may be TorchScript programs (`engine/torchscript.py`).
     """
 
     video: str | None
@@ -51,6 +52,7 @@ class Comparison:
     lpips: str | None = None
     lpips_linear: str | None = None
     codecs: tuple[str, ...] = ("h264", "vp9")
+    trust: bool = False
 
     def check(self) -> None:
         """Raises ValueError for what no video could make right."""
@@ -160,12 +162,9 @@ def compare(
 ) -> list[Result]:
     """The tokenizer's reconstruction of a batch of one, then each codec's at as many bits."""
     tokens = torch.cat(list(encode_stream(tokenizer, [clip.video])), 1)  # streams bound the memory
-    count = tokens[0, ..., 0].numel() if tokenizer.vocabulary is None else tokens.numel()
-    if tokenizer.vocabulary is None:
-        tokens = in_half_precision(tokens)
-        usage = {"numbers_per_token": tokens.shape[-1], "bits_per_token": 16.0 * tokens.shape[-1]}
-    else:
-        usage = code_usage(tokens, tokenizer.vocabulary)
+    tokens = tokens if tokenizer.vocabulary is not None else in_half_precision(tokens)
+    count, usage = tokens.shape[:4].numel(), token_usage(tokens, tokenizer.vocabulary)
+    if "entropy" in usage:
         usage["entropy_bits_per_pixel"] = bits_per_pixel(count * usage["entropy"], clip.video)
     bits = count * usage["bits_per_token"]
     video = torch.cat(list(decode_stream(tokenizer, [tokens])), 2)
@@ -221,7 +220,7 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
 
     wanted.check()
     paths = wanted.outputs()
-    tokenizer, folder = load_tokenizer(wanted.model)
+    tokenizer, folder = load_tokenizer(wanted.model, wanted.trust)
     lpips = load_lpips(wanted.lpips, wanted.lpips_linear) if wanted.lpips else None
     clip = read(wanted, tokenizer.compression, note)
     results = compare(clip, tokenizer, wanted.codecs, lpips, note)
@@ -235,14 +234,12 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
     write_video(paths[0], Clip(side_by_side(videos, names), clip.fps), quality=8)
     labels = ["original", *(label(result) for result in results)]
     write_contact_sheet(paths[1], videos, columns=6, labels=labels, scale=max(1, 192 // max(clip.size)))
-    with open(folder / "model.safetensors", "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     record = {
         "frames": clip.frames,
         "size": list(clip.size),
         "fps": clip.fps,
         # the fingerprint tells which tokens, the weights also which decoder
-        "tokenizer": {"fingerprint": fingerprint(tokenizer), "weights": weights},
+        "tokenizer": {"fingerprint": fingerprint(tokenizer), "weights": weights_digest(folder)},
         "tolerance": TOLERANCE,
         "results": {result.name: result.figures for result in results},
         "config": config,

@@ -29,6 +29,7 @@ from reelm.data.reading import VideoError
 from reelm.data.tokens import INDEX, Shard, TokenShards, shard_name, write_shard
 from reelm.data.writing import whole_file
 from reelm.engine import store
+from reelm.engine.torchscript import TorchScript
 from reelm.tokenizers.tokenizer import VideoTokenizer, in_half_precision
 
 BACKENDS = ("local", "ray")
@@ -136,7 +137,7 @@ class Encoding:
 
     def make(self, number: int, reads: Iterable[Sequence[Clip | Failure]]) -> None:
         """Encodes what was read of each of the shard's batches and writes the shard."""
-        device = next(self.tokenizer.parameters()).device
+        device = self.tokenizer.device
         grid = self.tokenizer.grid(self.source.frames, *self.settings["size"])
         vocabulary = self.tokenizer.vocabulary
         if vocabulary is None:
@@ -281,6 +282,8 @@ def encode(jobs: Sequence[Encoding], workers: int = 1, backend: str = "local") -
             import ray.data  # noqa: F401
         except ImportError:
             raise ValueError("backend=ray needs Ray Data, which is not there: pip install reelm[ray]") from None
+        if any(isinstance(job.tokenizer, TorchScript) for job in jobs):
+            raise ValueError("TorchScript programs cannot be sent to other processes, as Ray would; take backend=local")
     present = [job.present() for job in jobs]  # of all, before any is begun
     with ending_on_sigterm():
         for job, shards in zip(jobs, present, strict=True):

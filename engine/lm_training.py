@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reelm.data.clip import Clip
 from reelm.data.module import Batch, ClipData, ClipSource, Group
 from reelm.data.tokens import TokenShards
-from reelm.engine import store
+from reelm.engine import outside, store
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.heads import Head
@@ -62,7 +62,7 @@ class LMTraining(L.LightningModule):
         sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__()
-        self.video_tokenizer = [store.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
+        self.video_tokenizer = [outside.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
         self.task, self.optimisation = task, optimisation
         self.tasks = {part.name: part for part in tasks_of(task)}
         self.text = [text]  # in a list as well: T5 has weights

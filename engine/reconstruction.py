@@ -21,7 +21,7 @@ from reelm.data.writing import write_contact_sheet
 from reelm.engine.comparison import SMALLEST, Result, compare, load_lpips
 from reelm.engine.store import fingerprint
 from reelm.engine.video_lm import load_tokenizer
-from reelm.evaluation.reconstruction import code_usage
+from reelm.evaluation.reconstruction import token_usage
 from reelm.tokenizers.tokenizer import VideoTokenizer
 
 Figures = dict[str, dict[str, float]]  # of each way to store a clip, by name
@@ -56,6 +56,7 @@ class Reconstructions:
     lpips: str | None = None
     lpips_linear: str | None = None
     codecs: Sequence[str] = ("h264",)
+    trust: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("frames", self.frames), ("clips", self.clips)):
@@ -81,26 +82,26 @@ class Reconstructions:
     @torch.inference_mode()
     def judge(self, model: str, sheets: Path | None = None, show: Callable[[str], None] = print) -> dict[str, Any]:
         """Means over each video's clips, and over all videos; `sheets`: folder of a contact sheet for each size."""
-        tokenizer, _ = load_tokenizer(model)
+        tokenizer, _ = load_tokenizer(model, self.trust)
         paths = _videos(self.videos)
         self._check(tokenizer)
         lpips = load_lpips(self.lpips, self.lpips_linear) if self.lpips else None
         report: dict[str, Any] = {"tokenizer": fingerprint(tokenizer), "frames": self.frames, "sizes": {}}
         for size in self.sizes:
             each: dict[str, dict[str, list[Result]]] = {}
-            ids: list[Tensor] = []
+            tokens: list[Tensor] = []
             rows: list[tuple[str, Tensor]] = []
             for path in paths:
                 each[path.stem] = defaultdict(list)
                 for number, clip in enumerate(self._clips(path, size)):
-                    ids.append(tokenizer.encode(clip.video).flatten())
+                    tokens.append(tokenizer.encode(clip.video).flatten(0, 2))
                     results = compare(clip, tokenizer, tuple(self.codecs), lpips, _note)
                     for result in results:
                         each[path.stem][result.name].append(result)
                     if not number:
                         rows.append((f"{path.stem}, original", clip.video))
                         rows += [(_label(result), result.video) for result in results]
-            used = code_usage(torch.cat(ids), tokenizer.vocabulary)
+            used = token_usage(torch.cat(tokens), tokenizer.vocabulary)
             means = {video: {name: _means(some) for name, some in found.items()} for video, found in each.items()}
             whole = {
                 name: {figure: fmean(means[video][name][figure] for video in means) for figure in figures}
@@ -134,7 +135,7 @@ def table(
     videos: dict[str, dict[str, dict[str, float]]],
     used: dict[str, float],
 ) -> str:
-    """A row for each video and way to store it, their means, and the use of codes."""
+    """A row for each video and way to store it, their means, and what the tokens are."""
     names = list(next(iter(whole.values())))
     heads = [FIGURES.get(name, (name.replace("lpips_", "LPIPS-"), ".4f")) for name in names]
     lines = [f"{f'{size} x {size}':<34}{'':<11}" + "".join(f"{head:>12}" for head, _ in heads)]
@@ -142,6 +143,9 @@ def table(
         for name, figures in found.items():
             cells = "".join(f"{figures[figure]:>12{style}}" for figure, (_, style) in zip(names, heads))
             lines.append(f"{title[:33]:<34}{name:<11}{cells}")
+    if "numbers_per_token" in used:
+        lines.append(f"latents of {used['numbers_per_token']} numbers, 16 bits each")
+        return "\n".join(lines)
     lines.append(
         f"{used['codes_used']:,} of {used['vocabulary']:,} codes used, perplexity {used['perplexity']:,.0f}, "
         f"{used['entropy']:.2f} of {used['bits_per_token']:.2f} bits a token"

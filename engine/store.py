@@ -86,8 +86,11 @@ def save(model: nn.Module, folder: str | Path, dtype: str | None = None, notes: 
     Without a `dtype` it is that of the folder the model was loaded from (whose weights it then reproduces), or float32.
     """
     folder, dtype = Path(folder), dtype or getattr(model, "stored_dtype", "float32")
+    description = describe(model)
+    if not description["_target_"].startswith(ALLOWED):
+        raise ValueError(f"a {type(model).__name__} cannot be stored: such a folder could not be loaded without code")
     packed = _packed(model.state_dict(), dtype)
-    config = {"model": describe(model), "dtype": dtype, "notes": notes or {}}
+    config = {"model": description, "dtype": dtype, "notes": notes or {}}
     with whole_file(folder / "model.safetensors") as part:
         save_file(packed, part)
     with whole_file(folder / "config.json") as part:

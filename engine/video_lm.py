@@ -13,7 +13,7 @@ from torch import nn
 
 from reelm.data.clip import Clip
 from reelm.data.writing import whole_file
-from reelm.engine import store
+from reelm.engine import outside, store
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.sampling import Sampling, generate, seeded
 from reelm.tasks.packing import Packer
@@ -160,10 +160,11 @@ def load(name: str | Path) -> VideoLM:
     return VideoLM.from_pretrained(find(name))
 
 
-def load_tokenizer(name: str) -> tuple[VideoTokenizer, Path]:
-    """The tokenizer of a model of the box, of a model's folder, or of its own folder; and that folder."""
+def load_tokenizer(name: str, trust: bool = False) -> tuple[VideoTokenizer, Path]:
+    """The tokenizer of a model of the box, of a model's folder, or of its own folder, which may be one from outside
+    (`outside.load`); and that folder. trust: TorchScript programs."""
     folder = store.part_of(find(name), "tokenizer")
-    model = store.load(folder)
+    model = outside.load(folder, trust)
     if not isinstance(model, VideoTokenizer):
         raise ValueError(f"model={name} holds a {type(model).__name__}, which is no video tokenizer")
     return model, folder

@@ -58,6 +58,14 @@ def bits_per_pixel(bits: float, video: Tensor) -> float:
     return bits / (video.numel() / video.shape[1])
 
 
+def token_usage(tokens: Tensor, vocabulary: int | None) -> dict[str, float]:
+    """What tokens cost, and of ids how the codes are used (`code_usage`). Latents `(..., D)`, which have no vocabulary,
+    count as 16 bits a number, in which they are stored."""
+    if vocabulary is not None:
+        return code_usage(tokens, vocabulary)
+    return {"numbers_per_token": tokens.shape[-1], "bits_per_token": 16.0 * tokens.shape[-1]}
+
+
 def code_usage(ids: Tensor, vocabulary: int) -> dict[str, float]:
     """Which of `vocabulary` codes occur among the ids, of any shape, and how evenly.
 

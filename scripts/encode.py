@@ -12,7 +12,7 @@ from reelm.scripts.common import program
 
 @program("encode", words=("model", "output"))
 def main(cfg: DictConfig) -> None:
-    data, tokenizer = instantiate(cfg.data), load_tokenizer(cfg.model)[0]
+    data, tokenizer = instantiate(cfg.data), load_tokenizer(cfg.model, cfg.trust)[0]
     jobs = [
         Encoding(
             source=getattr(data, split),

@@ -11,7 +11,7 @@ from reelm.engine import store
 from reelm.engine.reconstruction import Reconstructions
 from reelm.evaluation.reconstruction import psnr
 from reelm.tokenizers.closed_loop import ClosedLoop
-from reelm.tokenizers.quantizers import FSQ
+from reelm.tokenizers.quantizers import FSQ, Continuous
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,16 @@ def test_means_are_of_what_was_measured(box, tmp_path):
     assert found["mean"]["tokenizer"]["bits_per_pixel"] == pytest.approx(2 * 12 * 12 * 4 / (5 * 48 * 48))
     assert found["codes"]["vocabulary"] == 16 and 1 <= found["codes"]["codes_used"] <= 16
     assert (tmp_path / "reconstruction_48.png").is_file() and "light" in said[1] and "of 16 codes used" in said[1]
+
+
+def test_latents_are_measured_too(box, tmp_path):
+    store.save(ClosedLoop(Continuous(3), (4, 4, 4), 16, 1, 1, 1), tmp_path)
+    said = []
+    suite = Reconstructions(str(box / "videos"), sizes=[32], frames=5, clips=1, codecs=())
+    found = suite.judge(str(tmp_path), show=said.append)["sizes"]["32"]
+    assert found["codes"] == {"numbers_per_token": 3, "bits_per_token": 48.0}
+    assert found["mean"]["tokenizer"]["bits_per_pixel"] == pytest.approx(2 * 8 * 8 * 48 / (5 * 32 * 32))
+    assert said[0].endswith("latents of 3 numbers, 16 bits each")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from reelm.data.clip import Clip
+from reelm.data.tokens import TokenShards
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
@@ -96,6 +97,36 @@ def test_a_tokenizer_without_quantization_goes_through_the_programs(tmp_path, ca
     given = (*LM, *tiny, "task=t2v", f"stage.tokenizer={tmp_path}/run/model", f"output={tmp_path}/lm")
     assert program("train", *given) == 2
     assert error_line(capfd).startswith("error: this tokenizer's tokens are continuous")
+
+
+class Shrink(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        front = x[:, :, :1].expand(-1, -1, 3, -1, -1)
+        return torch.nn.functional.avg_pool3d(torch.cat([front, x], 2), (4, 8, 8))
+
+
+class Spread(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(4, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)[:, :, 3:]
+
+
+def test_a_tokenizer_from_outside_goes_through_the_programs_if_trusted(tmp_path, capfd):
+    for name, module in (("encoder", Shrink()), ("decoder", Spread())):
+        torch.jit.script(module).save(str(tmp_path / f"{name}.jit"))
+    clip = write_video(tmp_path / "a.mp4", Clip(torch.rand(1, 3, 5, 32, 32) * 2 - 1))
+    given = ("reconstruct", f"video={clip}", f"model={tmp_path}", f"output={tmp_path}/out.mp4", "codecs=[]")
+    assert program(*given) == 2
+    assert "holds TorchScript programs, which can read and write your files" in error_line(capfd)
+    assert program(*given, "trust=true") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["tokenizer"]["numbers_per_token"] == 3
+    few = ("+data.train.length=2", "+data.validation.length=2", "data.train.size=32")
+    given = ("encode", f"model={tmp_path}", "data=zoetrope", *few, f"output={tmp_path}/tokens", "workers=0")
+    assert program(*given, "trust=true") == 0
+    assert TokenShards(tmp_path / "tokens")[1].tokens.shape == (1, 5, 4, 4, 3)
+    capfd.readouterr()
+    given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tmp_path}", f"output={tmp_path}/lm")
+    assert program("train", *given) == 2
+    assert "holds TorchScript programs" in error_line(capfd)
 
 
 def test_a_decoder_is_trained_on_for_the_same_tokens(tokenizer, tmp_path):

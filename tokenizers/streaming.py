@@ -29,10 +29,13 @@ def encode_stream(tokenizer: nn.Module, video: Iterable[Tensor], latent_frames: 
     """Tokens, piece by piece along their axis 1, of a clip that comes in pieces `(B, 3, T, H, W)` of any lengths.
 
     Args:
-        tokenizer: a causal one (`MAGVIT2`).
+        tokenizer: a causal one (`MAGVIT2`). One that takes whole clips only gets the pieces joined.
         video: pieces in [-1, 1]; together `1 + k * compression` frames, else the last piece raises ValueError.
         latent_frames: how many latent frames are made at a time.
     """
+    if not tokenizer.streams:
+        yield tokenizer.encode(torch.cat(list(video), 2))
+        return
     step, past = tokenizer.compression[0], {}
     for piece in _recut(video, 1 + (latent_frames - 1) * step, latent_frames * step):
         yield tokenizer.encode(piece, past)
@@ -40,6 +43,9 @@ def encode_stream(tokenizer: nn.Module, video: Iterable[Tensor], latent_frames: 
 
 def decode_stream(tokenizer: nn.Module, tokens: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
     """Pixels `(B, 3, T, H, W)` in [-1, 1], piece by piece, of tokens that come in pieces of any lengths."""
+    if not tokenizer.streams:
+        yield tokenizer.decode(torch.cat(list(tokens), 1))
+        return
     past = {}
     for piece in _recut((part.unsqueeze(1) for part in tokens), latent_frames, latent_frames):
         yield tokenizer.decode(piece.squeeze(1), past)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,7 @@ class VideoTokenizer(nn.Module):
 
     quantizer: nn.Module
     compression: Triple
+    streams = True  # False: takes whole clips only; a stream is then joined before it is encoded or decoded
 
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
         """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, quantizer.inputs, t, h, w)`."""
@@ -69,14 +72,24 @@ class VideoTokenizer(nn.Module):
         """ValueError where a clip, or a piece of a stream, does not fit the compression."""
         self.grid(video.shape[2] + (1 if past else 0), *video.shape[3:])
 
+    def _whole(self, past: Past | None) -> None:
+        if past is not None and not self.streams:
+            raise ValueError(f"{type(self).__name__} takes whole clips, no pieces of a stream")
+
+    @property
+    def device(self) -> torch.device:
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
     @torch.no_grad()
     def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
         """`(B, 3, T, H, W)` to tokens."""
+        self._whole(past)
         return self.quantizer(self.encode_latents(video, past))[1]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, past: Past | None = None) -> Tensor:
         """Tokens to pixels in [-1, 1]."""
+        self._whole(past)
         return self.decode_latents(self.quantizer.lookup(tokens), past).float().clamp(-1, 1)
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
