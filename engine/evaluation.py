@@ -4,7 +4,8 @@ ceiling that the tokenizer sets."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,23 @@ def judge_tokenizer(model: VideoLM, clips: int = 128) -> dict[str, float]:
     }
 
 
-def zoetrope_suite(
-    folder: str, tasks: list[str] | None, splits: list[str], clips: int, batch: int, sheets: Path | None = None
-) -> dict[str, Any]:
-    """The suite `zoetrope` of a model of the box, or of a folder: its tokenizer, then each task on each split."""
-    model = load(folder)
-    for task in tasks or ():
-        model.task(task)
-    quality = judge_tokenizer(model)
-    print("tokenizer", {name: round(value, 4) for name, value in quality.items()})
-    return {"tokenizer": quality, **evaluate(model, tasks, tuple(splits), clips, batch, sheets)}
+@dataclass(frozen=True)
+class Zoetropes:
+    """The suite `zoetrope`; the fields are those of conf/evaluate.yaml."""
+
+    tasks: list[str] | None = None
+    splits: Sequence[str] = ("validation", "compositional")
+    clips: int = 96
+    batch: int = 16
+
+    def judge(self, folder: str, sheets: Path | None = None) -> dict[str, Any]:
+        """Figures of a model of the box, or of a folder: its tokenizer's, then each task's on each split."""
+        model = load(folder)
+        for task in self.tasks or ():
+            model.task(task)
+        quality = judge_tokenizer(model)
+        print("tokenizer", {name: round(value, 4) for name, value in quality.items()})
+        return {
+            "tokenizer": quality,
+            **evaluate(model, self.tasks, tuple(self.splits), self.clips, self.batch, sheets),
+        }

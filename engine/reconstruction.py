@@ -46,12 +46,12 @@ def _videos(videos: str | Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """What is judged; the fields are those of conf/suite/reconstruction.yaml."""
+    """What is judged; the fields are those of conf/evaluate.yaml."""
 
-    videos: str | Sequence[str]
+    videos: str | Sequence[str] | None = None
     sizes: Sequence[int] = (128, 256)
     frames: int = 17
-    clips: int = 2
+    clips_per_video: int = 2
     fps: float | None = None
     lpips: str | None = None
     lpips_linear: str | None = None
@@ -59,7 +59,9 @@ class Reconstructions:
     trust: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("frames", self.frames), ("clips", self.clips)):
+        if not self.videos:
+            raise ValueError("suite=reconstruction needs videos=..., a folder or a list of files")
+        for name, value in (("frames", self.frames), ("clips_per_video", self.clips_per_video)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
         check_codecs(self.codecs)
@@ -69,8 +71,8 @@ class Reconstructions:
         with VideoReader(path) as reader:
             rate = self.fps or reader.info.fps or 1.0
             latest = max(0.0, reader.info.duration - (self.frames + 0.5) / rate)
-            for number in range(self.clips):
-                start = latest * number / max(self.clips - 1, 1)
+            for number in range(self.clips_per_video):
+                start = latest * number / max(self.clips_per_video - 1, 1)
                 yield reader.read(fps=self.fps, frames=self.frames, size=size, start=start)
 
     def _check(self, tokenizer: VideoTokenizer) -> None:

@@ -6,25 +6,24 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from reelm.data.writing import whole_file
-from reelm.engine.evaluation import zoetrope_suite
+from reelm.engine.evaluation import Zoetropes
 from reelm.engine.reconstruction import Reconstructions
 from reelm.scripts.common import program
+
+SUITES = {"zoetrope": Zoetropes, "reconstruction": Reconstructions}
 
 
 @program("evaluate", words=("lpips", "lpips_linear"))
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
-    model, suite = settings.pop("model"), settings.pop("suite")
-    output = Path(settings.pop("output") or f"outputs/evaluation/{suite}.json")
-    sheets = settings.pop("sheets")
-    sheets = Path(sheets) if sheets else None
+    if cfg.suite not in SUITES:
+        raise ValueError(f"suite={cfg.suite} is unknown; choose from {', '.join(SUITES)}")
+    suite = SUITES[cfg.suite](**{name: settings[name] for name in SUITES[cfg.suite].__match_args__})
+    output = Path(cfg.output or f"outputs/evaluation/{cfg.suite}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if suite == "zoetrope":
-        results = zoetrope_suite(model, sheets=sheets, **settings)
-    else:
-        results = Reconstructions(**settings).judge(model, sheets=sheets)
+    results = suite.judge(cfg.model, sheets=Path(cfg.sheets) if cfg.sheets else None)
     with whole_file(output) as part:
-        part.write_text(json.dumps({"model": str(model), **results}, indent=1) + "\n")
+        part.write_text(json.dumps({"model": str(cfg.model), **results}, indent=1) + "\n")
     print(f"wrote {output}")
 
 

@@ -42,7 +42,6 @@ def test_every_option_composes_in_some_program(group):
     assert programs, f"no program has the group {group}"
     for option in options(group):
         known = ["data.root=somewhere"] if group == "data" and option != "zoetrope" else []
-        known += ["videos=somewhere"] if option == "reconstruction" else []
         check(programs[0], [f"{group}={option}", *known])
 
 

@@ -30,7 +30,7 @@ def box(tmp_path_factory):
 
 def test_means_are_of_what_was_measured(box, tmp_path):
     said = []
-    suite = Reconstructions(str(box / "videos"), sizes=[32, 48], frames=5, clips=2)
+    suite = Reconstructions(str(box / "videos"), sizes=[32, 48], frames=5, clips_per_video=2)
     report = suite.judge(str(box / "tokenizer"), sheets=tmp_path, show=said.append)
     json.dumps(report)
     assert set(report["sizes"]) == {"32", "48"} and len(said) == 2
@@ -54,7 +54,7 @@ def test_means_are_of_what_was_measured(box, tmp_path):
 def test_latents_are_measured_too(box, tmp_path):
     store.save(ClosedLoop(Continuous(3), (4, 4, 4), 16, 1, 1, 1), tmp_path)
     said = []
-    suite = Reconstructions(str(box / "videos"), sizes=[32], frames=5, clips=1, codecs=())
+    suite = Reconstructions(str(box / "videos"), sizes=[32], frames=5, clips_per_video=1, codecs=())
     found = suite.judge(str(tmp_path), show=said.append)["sizes"]["32"]
     assert found["codes"] == {"numbers_per_token": 3, "bits_per_token": 48.0}
     assert found["mean"]["tokenizer"]["bits_per_pixel"] == pytest.approx(2 * 8 * 8 * 48 / (5 * 32 * 32))
@@ -65,10 +65,10 @@ def test_latents_are_measured_too(box, tmp_path):
     ("change", "message"),
     [
         ({"videos": "nowhere"}, "no video nowhere; videos=... is a folder or a list"),
-        ({"videos": []}, "names no video"),
+        ({"videos": []}, "needs videos=..."),
         ({"frames": 6}, "6 frames of 32 x 32 does not fit"),
         ({"sizes": [16]}, "LPIPS takes no less than 32"),
-        ({"clips": 0}, "clips=0 must be 1 or more"),
+        ({"clips_per_video": 0}, "clips_per_video=0 must be 1 or more"),
         ({"codecs": ["mpeg7"]}, "codec 'mpeg7' is unknown"),
     ],
 )
