@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from reelm.data.clip import Clip
 from reelm.data.writing import whole_file
 from reelm.engine import outside, store
 from reelm.lm.language_model import LanguageModel
+from reelm.lm.masked import Masked, MaskedSampling, fill
 from reelm.lm.sampling import Sampling, generate, seeded
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
@@ -51,7 +53,7 @@ class VideoLM(nn.Module):
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.lm, self.text, self.tasks = lm, text, dict(tasks)
         self.shape, self.fps, self.sampling = tuple(shape), fps, sampling
-        self.packer = Packer(tokenizer, text, lm.head.vocabulary)
+        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked=isinstance(lm.head, Masked))
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +73,7 @@ class VideoLM(nn.Module):
             "tasks": store.describe(self.tasks),
             "shape": list(self.shape),
             "fps": self.fps,
-            "sampling": vars(self.sampling),
+            "sampling": store.describe(self.sampling),
             "notes": notes or {},
         }
         if isinstance(self.text, T5Text):
@@ -92,7 +94,8 @@ class VideoLM(nn.Module):
             )
         try:
             tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
-            sampling = Sampling(**config["sampling"])
+            sampling = config["sampling"]
+            sampling = store.build(sampling) if "_target_" in sampling else Sampling(**sampling)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a video language model: {error}") from None
         text = T5Text(**config["t5"]) if "t5" in config else SentencePieceText(folder / "text.model")
@@ -129,13 +132,16 @@ class VideoLM(nn.Module):
         sequence = self.packer.pack(given, self.task(task).marker)
         known = self.packer.known_in(sequence)
         where = Tokens.positions(self.packer.grid(given), self.device)[known.shape[1] :]
-        made = generate(
+        masked, sampling = self.packer.masked, sampling or self.sampling
+        if isinstance(sampling, MaskedSampling) and not masked:
+            head = type(self.lm.head).__name__
+            raise ValueError(f"sampler=masked needs a model with a masked head; this one's is {head}: leave it out")
+        made = (fill if masked else partial(generate, positions=where))(
             self.lm.transformer,
             self.lm.head,
             sequence,
-            where,
-            sampling or self.sampling,
-            self.packer.without_prompt(sequence),
+            sampling=sampling,
+            unconditional=self.packer.without_prompt(sequence),
             generator=seeded(list(range(seed, seed + len(given))), self.device),
             callback=None if progress is None else lambda count, _: progress(count, len(where)),
         )

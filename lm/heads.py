@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from reelm.lm.linear import Linear, linear
+from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
 
 ROWS_OF_LOGITS = 1 << 20  # number of logits that a CPU works on together in float32
@@ -97,6 +98,10 @@ class Head(nn.Module):
         others = torch.where(codes < 0, ids, ids - self.size).clamp(0, self.others.num_embeddings - 1)
         return torch.where(ours[..., None], self.embed_codes(codes.clamp(0, self.size - 1)), self.others(others))
 
+    def vectors(self, sequence: Sequence) -> Tensor:
+        """Vectors `(B, L, width)` of a sequence's ids."""
+        return self.embed(sequence.ids)
+
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Vectors of codes: ids counted from `offset`."""
         raise NotImplementedError
@@ -113,6 +118,12 @@ class Head(nn.Module):
         """Codes from their parts."""
         raise NotImplementedError
 
+    def learn(
+        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step of training, and what to log. `states`: the hidden states of what the transformer sees."""
+        return self.loss(states(sequence), sequence.ids, sequence.loss, label_smoothing)
+
     def loss(
         self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,8 +136,13 @@ class Head(nn.Module):
             label_smoothing: share of the target spread over all codes.
         """
         chosen = mask[:, 1:] != 0
-        weights = mask[:, 1:][chosen].float()
-        targets, hidden = self.split(ids[:, 1:][chosen] - self.offset), hidden[:, :-1][chosen]
+        return self.mean_loss(hidden[:, :-1][chosen], ids[:, 1:][chosen], mask[:, 1:][chosen].float(), label_smoothing)
+
+    def mean_loss(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` of ids `(N,)`, each predicted by a row of `hidden (N, width)`, with weights `(N,)` float."""
+        targets = self.split(ids - self.offset)
         rows = max(LOGITS_AT_ONCE // self.size_of_logits, 1)
         if not len(hidden):
             raise ValueError("no id of this batch is to be predicted; its loss mask is empty")
@@ -162,10 +178,10 @@ class Head(nn.Module):
         return self.size
 
     def sample(self, hidden: Tensor, sampler: Callable[[Tensor], Tensor]) -> Tensor:
-        """Ids drawn from the distribution after `hidden (N, width)`.
+        """Ids `(...)` drawn from the distribution after `hidden (..., width)`.
 
         Args:
-            sampler: from logits `(N, V)` to choices `(M,)`; with guidance, M is half of N (sampling.py).
+            sampler: from logits `(N, ..., V)` to choices `(M, ...)`; with guidance, M is half of N (sampling.py).
         """
         return self.join(tuple(sampler(logits.float()) for logits in self.logits(hidden))) + self.offset
 
@@ -333,6 +349,6 @@ class Chained(Factorized):
         drawn: tuple[Tensor, ...] = ()
         for k in range(len(self.bits)):
             copies = len(hidden) // len(drawn[0]) if drawn else 1  # 2 with guidance: both halves go on from one choice
-            before = tuple(part.repeat(copies) for part in drawn)
+            before = tuple(torch.cat([part] * copies) for part in drawn)
             drawn += (sampler(self._score(hidden, k, before).float()),)
         return self.join(drawn) + self.offset

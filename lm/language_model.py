@@ -25,8 +25,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, sequence: Sequence) -> Tensor:
         """Hidden states `(B, L, width)`."""
-        return self.transformer(self.head.embed(sequence.ids), sequence)
+        return self.transformer(self.head.vectors(sequence), sequence)
 
     def loss(self, sequence: Sequence, label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of the ids that `sequence.loss` marks, and what to log."""
-        return self.head.loss(self(sequence), sequence.ids, sequence.loss, label_smoothing)
+        return self.head.learn(self, sequence, label_smoothing)

@@ -46,7 +46,8 @@ def seeded(seeds: list[int], device: torch.device | str = "cpu") -> list[torch.G
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def _exponential(like: Tensor, generator: Generators) -> Tensor:
+def exponential(like: Tensor, generator: Generators) -> Tensor:
+    """Standard exponential noise of a tensor's shape; with one generator a sample, each fills its row."""
     noise = torch.empty_like(like)
     if isinstance(generator, list):
         if len(generator) != len(like):
@@ -72,7 +73,7 @@ def sample_logits(
     top_p: float = 1.0,
     generator: Generators = None,
 ) -> Tensor:
-    """Draws one token a row from logits `(N, V)`: `(N,)` int64. See `Sampling` for the arguments.
+    """Draws one token a row from logits `(..., V)`: `(...)` int64. See `Sampling` for the arguments.
 
     Nucleus sampling (arXiv:1904.09751) keeps the token with which the sum first reaches `top_p`. The draw is a race
     of exponential clocks: the smallest of noise over probability wins with that probability.
@@ -90,9 +91,9 @@ def sample_logits(
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    noise = _exponential(probabilities, generator).clamp_min_(1e-30)  # a drawn 0 would make 0 / 0
+    noise = exponential(probabilities, generator).clamp_min_(1e-30)  # a drawn 0 would make 0 / 0
     choice = (probabilities / noise).argmax(-1)
-    return choice if tokens is None else tokens.gather(-1, choice[:, None]).squeeze(-1)
+    return choice if tokens is None else tokens.gather(-1, choice[..., None]).squeeze(-1)
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:

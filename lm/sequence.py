@@ -26,6 +26,8 @@ class Sequence:
         (the last column repeats its own).
     context: `(B, N, D)` embedded text for the N columns of each row whose id is `Special.text`, or None.
     context_mask: `(B, N)` bool: which vectors of the context count. None: all.
+    interior: `(B, L)` int64: for a masked head, the tokens of what is known of an id's place, which stand there while
+        the id is hidden; `<mask>` where nothing is known. None: nothing is anywhere.
     """
 
     ids: Tensor
@@ -35,6 +37,7 @@ class Sequence:
     next_positions: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    interior: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.positions.shape != (*self.ids.shape, 3):

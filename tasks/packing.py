@@ -8,6 +8,10 @@ frames further on go in as images at their own time, anything else that is known
 whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a multiple of 8, as ordinary tokens, so
 that no attention mask is needed; leaving the prompt out (classifier-free guidance) means <pad> in place of the text.
 The end tokens are left out: the length is asked for, not predicted.
+
+For a masked head the tokens to predict are columns of the sequence from the start, and what is known beyond the leading
+frames stands at its place among them (`Sequence.interior`; COMMIT, arXiv:2212.05199, section 3.2): the tokens of the
+clip whose unknown frames are interpolated between the known ones, or whose unknown pixels are grey.
 """
 
 from __future__ import annotations
@@ -27,6 +31,22 @@ from reelm.tokenizers.tokens import Tokens
 TEXT_TIME, CONDITION_TIME = -2, 32  # text stands before time 0, condition tokens this many latent frames before theirs
 
 
+def interpolate(video: Tensor, known: Tensor) -> Tensor:
+    """A clip whose unknown frames are filled in between the known ones in time (MAGVIT, appendix B.1).
+
+    As it is where not whole frames are known, or not the same ones in each sample.
+    """
+    frames = known.flatten(3)
+    whole, any_known = frames.all(-1)[:, 0].all(0), frames.any(-1)[:, 0].any(0)
+    if not (whole == any_known).all():
+        return video
+    times, now = whole.nonzero()[:, 0], torch.arange(len(whole), device=video.device)
+    after = times[torch.searchsorted(times, now).clamp_max(len(times) - 1)]
+    before = times[(torch.searchsorted(times, now, right=True) - 1).clamp_min(0)]
+    share = (now - before) / (after - before).clamp_min(1)
+    return torch.lerp(video[:, :, before], video[:, :, after], share[:, None, None].to(video.dtype))
+
+
 class Packer:
     """Packs for one tokenizer, text model and vocabulary.
 
@@ -34,10 +54,13 @@ class Packer:
         tokenizer: video tokenizer with `encode`, `grid`, `compression`.
         text: the text model.
         vocabulary: the language model's id space.
+        masked: for a masked head.
     """
 
-    def __init__(self, tokenizer: nn.Module, text: SentencePieceText | T5Text, vocabulary: Vocabulary) -> None:
-        self.tokenizer, self.text, self.vocabulary = tokenizer, text, vocabulary
+    def __init__(
+        self, tokenizer: nn.Module, text: SentencePieceText | T5Text, vocabulary: Vocabulary, masked: bool = False
+    ) -> None:
+        self.tokenizer, self.text, self.vocabulary, self.masked = tokenizer, text, vocabulary, masked
 
     def text_length(self, caption: str) -> int:
         """Text slots that a caption takes."""
@@ -67,7 +90,7 @@ class Packer:
         pieces = []
         if given.condition is not None:
             pieces.append(self._video_tokens(given.condition))
-        if given.known is None or given.known.shape[2] <= leading or not given.known[:, :, leading:].any():
+        if self.masked or not self._knows_beyond(given, leading):
             return pieces
         frames = given.known[:, :, leading:].flatten(3)
         whole = frames.all(-1).all(0)[0]
@@ -77,15 +100,31 @@ class Packer:
                 latent = -(-frame // self.tokenizer.compression[0])
                 pieces.append((ids, positions + torch.tensor([latent, 0, 0], device=ids.device)))
             return pieces
-        ids, positions = self._video_tokens(given.video)
-        grid = self.tokenizer.grid(*given.video.shape[2:])
-        known = F.adaptive_max_pool2d(given.known[:, 0].float(), grid[1:])  # any known pixel of the supervoxel
+        pieces.append(self._known_tokens(given.video, given.known))
+        return pieces
+
+    def _knows_beyond(self, given: Given, leading: int) -> bool:
+        known = given.known
+        return known is not None and known.shape[2] > leading and bool(known[:, :, leading:].any())
+
+    def _known_tokens(self, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of a video's tokens, <mask> where none of their pixels are known, and their positions."""
+        ids, positions = self._video_tokens(video)
+        grid = self.tokenizer.grid(*video.shape[2:])
+        known = F.adaptive_max_pool2d(known[:, 0].float(), grid[1:])  # any known pixel of the supervoxel
         step = self.tokenizer.compression[0]
         later = [known[:, i : i + step].amax(1, keepdim=True) for i in range(1, known.shape[1], step)]
         per_latent = torch.cat([known[:, :1], *later], 1)
-        mask = torch.full_like(ids, int(Special.mask))
-        pieces.append((torch.where(per_latent.flatten(1) > 0, ids, mask), positions))
-        return pieces
+        return torch.where(per_latent.flatten(1) > 0, ids, int(Special.mask)), positions
+
+    def _interior(self, given: Given, leading: int) -> Tensor | None:
+        """Ids of the whole grid `(B, N)`: tokens of what is known, <mask> elsewhere; None where no more is known than
+        the leading frames."""
+        if not self.masked or not self._knows_beyond(given, leading):
+            return None
+        missing = given.shape[0] - given.video.shape[2]
+        video, known = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (given.video, given.known))
+        return self._known_tokens(interpolate(video, known), known)[0]
 
     def _video_tokens(self, video: Tensor) -> tuple[Tensor, Tensor]:
         ids = self.tokenizer.encode(video)
@@ -113,7 +152,7 @@ class Packer:
     def known_in(self, sequence: Sequence) -> Tensor:
         """Ids of the known tokens that a sequence without targets ends with, `(B, N)`."""
         start = int((sequence.ids[0] == int(Special.bov_o)).nonzero()[-1]) + 1
-        return sequence.ids[:, start:]
+        return sequence.ids[:, start : sequence.length - int(sequence.loss[0].sum())]
 
     def without_prompt(self, sequence: Sequence) -> Sequence:
         """The same sequence with its prompts left out, as `pack` with `unprompted=True` makes it."""
@@ -135,7 +174,8 @@ class Packer:
     ) -> Sequence:
         """The sequence of a batch.
 
-        target: ids of the whole clip `(B, t, h, w)` for training; without it the sequence ends with its prefix.
+        target: ids of the whole clip `(B, t, h, w)` for training; without it the sequence ends with its prefix, or for
+            a masked head with a <mask> for each token to make.
         unprompted: `(B,)` bool, whose prompts are left out; True for all.
         slots: text slots, where not those of the longest prompt.
         """
@@ -184,11 +224,17 @@ class Packer:
         prefix = sum(part.shape[1] for part in ids) + known
         where = Tokens.positions(grid, device)
         add(v.to_visual(tokens), where[: tokens.shape[1]])
+        if self.masked:
+            missing = where[tokens.shape[1] :]
+            add(torch.full((1, len(missing)), int(Special.mask), device=device), missing)
 
         all_ids = torch.cat(ids, 1)
         loss = torch.zeros_like(all_ids, dtype=torch.bool)
-        if target is not None:
-            loss[:, prefix:] = True
+        loss[:, prefix:] = True
+        interior = self._interior(given, used)
+        if interior is not None:
+            interior = F.pad(interior, (all_ids.shape[1] - interior.shape[1], 0))
+            interior = torch.where(loss, interior, int(Special.mask))
         stacked = torch.cat(positions)
         # the site that each position predicts: the next one's, for the last one the next of the grid
         following = where[tokens.shape[1]] if tokens.shape[1] < len(where) else stacked[-1]
@@ -201,4 +247,5 @@ class Packer:
             loss=loss,
             context=context,
             context_mask=context_mask,
+            interior=interior,
         )
