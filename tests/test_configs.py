@@ -71,6 +71,8 @@ def test_language_models_have_the_size_they_say(size):
         (["quantizer=lfq"], ["head=chained"]),
         (["quantizer=fsq"], ["head=chained", "head.bits=[9,9]"]),
         (["quantizer=vq", "quantizer.levels=2"], ["head=chained", "head.bits=[10,10]"]),
+        (["quantizer=lfq"], ["head=masked"]),
+        (["quantizer=fsq"], ["head=masked", "head@head.codes=factorized"]),
     ],
 )
 def test_heads_fit_quantizers(quantizer, head):

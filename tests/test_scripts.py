@@ -150,6 +150,20 @@ def test_a_language_model_is_trained_on_the_mixture(tokenizer, tmp_path):
     assert "val/nll" in logged and all(f"val/{name}" in logged for name in model.tasks)
 
 
+def test_a_masked_model_is_trained_and_makes_clips(tokenizer, tmp_path, capfd):
+    common = (*LM, "task=t2v", f"stage.tokenizer={tokenizer}/model", *TINY)
+    codes = ("head=masked", "head@head.codes=factorized", "head.codes.bits=[6,6]")
+    assert program("train", *common, *codes, f"output={tmp_path}") == 0
+    made = (f"model={tmp_path}/model", "prompt=a star", f"output={tmp_path}/a.gif")
+    assert program("generate", *made) == 0 and program("generate", *made, "sampler=masked", "sampler.steps=3") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["sampling"]["steps"] == 3
+    capfd.readouterr()
+    assert program("train", *common, f"init={tmp_path}/model", f"output={tmp_path}/b") == 2
+    assert "holds weights of another model: head." in error_line(capfd)
+    assert program("generate", "model=zoetrope", "prompt=a star", "sampler=masked", f"output={tmp_path}/b.gif") == 2
+    assert "sampler=masked needs a model with a masked head; this one's is Chained" in error_line(capfd)
+
+
 def test_weights_keep_the_text_model_they_were_trained_with(tokenizer, tmp_path):
     common = (*LM, "task=t2v", f"stage.tokenizer={tokenizer}/model", *TINY)
     assert program("train", *common, f"output={tmp_path}/first") == 0
