@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class LMTraining(L.LightningModule):
         text: a trained text model, or the number of word pieces of one to be trained on the captions.
         text_drop: share of prompts left out, for classifier-free guidance.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
+        only: a regular expression for the names of the parameters that learn, such as "temporal|gate" of a dual-channel
+            layout whose first channel comes from an image model (`init`); None: all.
         sampling: with which samples are drawn to be looked at, and which the saved model has by default.
     """
 
@@ -59,6 +62,7 @@ class LMTraining(L.LightningModule):
         text: SentencePieceText | T5Text | int = 1024,
         text_drop: float = 0.1,
         compile: bool = False,
+        only: str | None = None,
         sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__()
@@ -75,6 +79,11 @@ class LMTraining(L.LightningModule):
                 f"the head predicts {self.lm.head.size} codes, the tokenizer has {vocabulary.visual}; "
                 "set head.bits so that together they number the tokenizer's codes"
             )
+        if only is not None:
+            for name, parameter in self.lm.named_parameters():
+                parameter.requires_grad_(re.search(only, name) is not None)
+            if not any(parameter.requires_grad for parameter in self.lm.parameters()):
+                raise ValueError(f"stage.only={only} is in no parameter's name, so nothing would learn")
         self.model: VideoLM | None = None
         self.tokenizer_hash = store.fingerprint(self.video_tokenizer[0])
 

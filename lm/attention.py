@@ -136,7 +136,8 @@ def _block_mask(queries: int, keys: int, prefix: int, device: torch.device):
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled once."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
@@ -147,7 +148,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = _block_mask(q.shape[2], k.shape[2], prefix, q.device)
-    function = _compiled_flex() if q.is_cuda else flex_attention
+    function = compiled_flex() if q.is_cuda else flex_attention
     return function(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
 
 

@@ -25,6 +25,9 @@ class Cache:
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.columns = shape[2]
         self.length = 0
+        self.places = torch.empty(
+            0, 3, dtype=torch.long, device=device
+        )  # of the columns, where attention asks for them
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new columns `(B, kv_heads, L, D)` of one layer; returns all columns up to and with them."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reelm.lm.attention import CHOICES, attention
 from reelm.lm.cache import Cache
+from reelm.lm.layouts import Layout, View
 from reelm.lm.linear import Linear
 from reelm.lm.norm import RMSNorm, rms_norm
 from reelm.lm.sequence import Sequence
@@ -65,7 +66,14 @@ class Attention(nn.Module):
         self.out = Linear(heads * head_width, width)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, prefix: int, cache: Cache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        prefix: int,
+        cache: Cache | None = None,
+        layer: int = 0,
+        view: View | None = None,
     ) -> Tensor:
         batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, -1, self.head_width)
@@ -77,7 +85,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
             q = q.to(k.dtype)
-        y = attention(q, k, v, prefix, self.backend)
+        y = attention(q, k, v, prefix, self.backend) if view is None else view(q, k, v)
         return self.out(y.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -102,14 +110,48 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, prefix: int, cache: Cache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        prefix: int,
+        cache: Cache | None = None,
+        layer: int = 0,
+        view: View | None = None,
     ) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, prefix, cache, layer))
+        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, prefix, cache, layer, view))
         x = x + self._drop(self.mlp(self.mlp_norm(x)))
         return x
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+class DualBlock(Block):
+    """A block with a second attention, that looks along time: `(1 - gate) * first + gate * second` (CogVideo).
+
+    With a gate of 0, as it begins, it is the block of an image model, whose weights it takes by the same names.
+    """
+
+    def __init__(self, attention: Attention, temporal: Attention, mlp: SwiGLU, width: int, dropout: float) -> None:
+        super().__init__(attention, mlp, width, dropout)
+        self.temporal = temporal
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def forward(
+        self,
+        x: Tensor,
+        turns: list[tuple[Tensor, Tensor]],
+        prefix: int,
+        cache: Cache | None,
+        layer: int,
+        views: list[View],
+    ) -> Tensor:
+        y = self.attention_norm(x)
+        first = self.attention(y, *turns[0], prefix, cache, 2 * layer, views[0])
+        second = self.temporal(y, *turns[1], prefix, cache, 2 * layer + 1, views[1])
+        x = x + self._drop(torch.lerp(first, second, self.gate.to(first.dtype)))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
 
 
 class Sites(nn.Module):
@@ -130,6 +172,11 @@ class Sites(nn.Module):
         return time + row + column
 
 
+def _untimed(positions: Tensor) -> Tensor:
+    """Places `(..., 3)` with those of the grid all at time 0, as an image model knows them."""
+    return torch.cat([positions[..., :1].clamp_max(0), positions[..., 1:]], -1)
+
+
 class Transformer(nn.Module):
     """Vectors in, vectors out, over a prefix seen in both directions and a causal rest.
 
@@ -147,6 +194,8 @@ class Transformer(nn.Module):
         dropout: on the outputs of the layers and on the input.
         attention: backend (attention.py); "auto" suits.
         context_width: size of embedded context vectors that are projected into `Special.text` columns; 0: none.
+        layout: which tokens of the grid see each other (layouts.py), all rows of a batch having the same places; None:
+            all, as far as the prefix and the order allow.
     """
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
@@ -164,6 +213,7 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         attention: str = "auto",
         context_width: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         if width % heads or width // heads % 2:
@@ -179,20 +229,21 @@ class Transformer(nn.Module):
         self.width, self.depth, self.heads, self.kv_heads = width, depth, heads, kv_heads
         self.mlp_ratio, self.rope, self.theta, self.dropout = mlp_ratio, rope, theta, dropout
         self.sites = tuple(sites) if sites else None
-        self.attention, self.context_width = attention, context_width
+        self.attention, self.context_width, self.layout = attention, context_width, layout
         head_width, hidden = width // heads, -int(-width * mlp_ratio // 64) * 64
         self.rotary = Rotary(head_width, 1 if rope == "1d" else 3, theta)
         self.site_tables = Sites(sites, width) if sites else None
         self.context = Linear(context_width, width) if context_width else None
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(width, heads, kv_heads or heads, head_width, attention),
-                SwiGLU(width, hidden),
-                width,
-                dropout,
-            )
-            for _ in range(depth)
-        )
+        self.dual = layout is not None and layout.channels == 2
+        if self.dual and rope != "3d":
+            raise ValueError(f"{type(layout).__name__} tells times apart by rope=3d; got {rope}")
+        kind = DualBlock if self.dual else Block
+
+        def block() -> Block:
+            each = (Attention(width, heads, kv_heads or heads, head_width, attention) for _ in range(1 + self.dual))
+            return kind(*each, SwiGLU(width, hidden), width, dropout)
+
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = RMSNorm(width)
         self._initialize()
 
@@ -202,7 +253,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:  # each block begins as the identity
+        for block in self.blocks:  # each block begins as the identity (a second attention waits behind its gate)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.out.weight)
 
@@ -217,7 +268,8 @@ class Transformer(nn.Module):
         if sequence.context is not None:
             x = self._place_context(x, sequence)
         if self.site_tables is not None:
-            x = x + self.site_tables(sequence.next_positions)
+            places = sequence.next_positions
+            x = x + self.site_tables(_untimed(places) if self.dual else places)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         seen = cache.length if cache is not None else 0
@@ -225,11 +277,27 @@ class Transformer(nn.Module):
             cos, sin = self.rotary(sequence.positions)
         else:
             cos, sin = self.rotary(torch.arange(seen, seen + x.shape[1], device=x.device)[None, :, None])
+        views = self._views(sequence, cache)
+        turns = [self.rotary(_untimed(sequence.positions)), (cos, sin)] if self.dual else []
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, sequence.prefix, cache, layer)
+            if self.dual:
+                x = block(x, turns, sequence.prefix, cache, layer, views)
+            else:
+                x = block(x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)])
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
+
+    def _views(self, sequence: Sequence, cache: Cache | None) -> list[View | None]:
+        """The attention of each rule of the layout."""
+        if self.layout is None:
+            return [None]
+        keys = sequence.positions[0]
+        if keys.device.type == "cpu" and (sequence.positions != keys).any():
+            raise ValueError("with lm.layout all rows of a batch have the same positions; these differ")
+        if cache is not None:
+            keys = cache.places = torch.cat([cache.places[: cache.length], keys])
+        return self.layout.views(sequence.next_positions[0], keys, sequence.prefix, self.attention)
 
     def _place_context(self, x: Tensor, sequence: Sequence) -> Tensor:
         if self.context is None:
@@ -251,4 +319,4 @@ class Transformer(nn.Module):
         """An empty cache for `columns` columns of `batch` rows, where the weights are."""
         weight = self.norm.weight
         shape = (batch, self.kv_heads or self.heads, columns, self.width // self.heads)
-        return Cache(self.depth, shape, dtype or weight.dtype, weight.device)
+        return Cache(self.depth * (1 + self.dual), shape, dtype or weight.dtype, weight.device)
