@@ -18,7 +18,7 @@ from reelm.scripts.common import check, quoted
 from reelm.tasks.task import tasks_of
 
 CONF = Path(__file__).parents[1] / "conf"
-MILLIONS = {"tiny": (0, 1), "zoetrope": (4, 12), "small": (80, 130), "base": (250, 350)}
+MILLIONS = {"tiny": (0, 1), "zoetrope": (4, 12), "small": (80, 130), "base": (250, 350), "pixelcnn": (0, 20)}
 
 
 def options(group: str) -> list[str]:
@@ -86,7 +86,7 @@ def test_heads_fit_quantizers(quantizer, head):
     assert made.loss(hidden, codes, torch.ones(1, 564, dtype=torch.bool))[0].isfinite()
 
 
-COMPRESSION = {"cvivit": (2, 8, 8), "stvivit": (1, 4, 4), "frame_vq": (1, 8, 8), "conv3d": (4, 4, 4)}
+COMPRESSION = {"cvivit": (2, 8, 8), "stvivit": (1, 4, 4), "frame_vq": (1, 8, 8), "conv3d": (4, 4, 4), "palette": (1, 1, 1)}
 
 
 @pytest.mark.parametrize("name", options("tokenizer"))
