@@ -33,8 +33,8 @@ class MaskedConv(nn.Conv3d):
 class PixelCNN(nn.Module):
     """Vectors in, vectors out, as `Transformer`.
 
-    Each place of the grid is predicted from those before it in its neighbourhood, which grows with the depth. What is off
-    the grid (text, conditions) counts by the mean of its vectors.
+    Each place of the grid is predicted from those before it in its neighbourhood, which grows with the depth. What is
+    off the grid (text, conditions) counts by the mean of its vectors.
 
     Args:
         width: size of the vectors.

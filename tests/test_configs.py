@@ -86,7 +86,9 @@ def test_heads_fit_quantizers(quantizer, head):
     assert made.loss(hidden, codes, torch.ones(1, 564, dtype=torch.bool))[0].isfinite()
 
 
-COMPRESSION = {"cvivit": (2, 8, 8), "stvivit": (1, 4, 4), "frame_vq": (1, 8, 8), "conv3d": (4, 4, 4), "palette": (1, 1, 1)}
+COMPRESSION = {
+    "cvivit": (2, 8, 8), "stvivit": (1, 4, 4), "frame_vq": (1, 8, 8), "conv3d": (4, 4, 4), "palette": (1, 1, 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", options("tokenizer"))
