@@ -142,8 +142,10 @@ class Masked(nn.Module):
         return x + (sequence.interior != MASK)[..., None] * self.condition
 
     def hide(self, sequence: Sequence) -> Tensor:
-        """Which of the ids to predict, the same columns in each row, are hidden in a step of training: `(B, L)` bool, one
-        or more in each row."""
+        """Which of the ids to predict, the same columns in each row, are hidden in a step of training.
+
+        Returns `(B, L)` bool, one or more in each row.
+        """
         (batch, length), device = sequence.ids.shape, sequence.ids.device
         columns = sequence.loss[0].nonzero()[:, 0]
         if not len(columns):
