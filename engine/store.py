@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reelm.data.writing import whole_file
 
-ALLOWED = ("reelm.tokenizers.", "reelm.lm.", "reelm.tasks.")
+ALLOWED = ("reelm.tokenizers.", "reelm.lm.", "reelm.diffusion.", "reelm.tasks.")
 
 
 def describe(value: Any) -> Any:

@@ -1,20 +1,18 @@
-"""`VideoLM`: tokenizer, text model and language model joined; one folder on disk; generation."""
+"""`VideoLM`: tokenizer, text model and language model joined. Where models of any kind are found and loaded."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from reelm.data.clip import Clip
-from reelm.data.writing import whole_file
 from reelm.engine import outside, store
+from reelm.engine.video_diffusion import VideoDiffusion
+from reelm.engine.video_model import VideoModel
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling, fill
 from reelm.lm.sampling import Sampling, generate, seeded
@@ -27,7 +25,7 @@ from reelm.tokenizers.tokens import Tokens
 BOX = Path(__file__).resolve().parents[1] / "pretrained"
 
 
-class VideoLM(nn.Module):
+class VideoLM(VideoModel):
     """A video language model.
 
     Args:
@@ -39,6 +37,8 @@ class VideoLM(nn.Module):
         sampling: how it samples where nothing else is asked for.
     """
 
+    noun, part, kind = "video language model", "lm", Sampling
+
     def __init__(
         self,
         tokenizer: nn.Module,
@@ -49,69 +49,9 @@ class VideoLM(nn.Module):
         fps: float = 8.0,
         sampling: Sampling = Sampling(),
     ) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.lm, self.text, self.tasks = lm, text, dict(tasks)
-        self.shape, self.fps, self.sampling = tuple(shape), fps, sampling
+        super().__init__(tokenizer, text, tasks, shape, fps, sampling)
+        self.lm = lm
         self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked=isinstance(lm.head, Masked))
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.lm.parameters()).device
-
-    def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
-        """Writes `tokenizer/`, `lm/`, `text.model` and, last, `config.json`. The tokenizer keeps its own precision, so
-        that its tokens stay those that the language model was trained on. Of a T5 encoder only the place is written."""
-        folder = Path(folder)
-        store.save(self.tokenizer, folder / "tokenizer")
-        store.save(self.lm, folder / "lm", dtype)
-        if isinstance(self.text, SentencePieceText):
-            with whole_file(folder / "text.model") as part:
-                part.write_bytes(self.text.model)
-        config = {
-            "tokenizer": store.fingerprint(self.tokenizer),
-            "tasks": store.describe(self.tasks),
-            "shape": list(self.shape),
-            "fps": self.fps,
-            "sampling": store.describe(self.sampling),
-            "notes": notes or {},
-        }
-        if isinstance(self.text, T5Text):
-            config["t5"] = {"path": os.path.abspath(self.text.path), "dtype": self.text.dtype}
-        with whole_file(folder / "config.json") as part:
-            part.write_text(json.dumps(config, indent=1) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VideoLM:
-        """The model of a folder written by `save_pretrained`; nothing in it can run code."""
-        folder = Path(folder)
-        config = store.read_json(folder / "config.json")
-        tokenizer = store.load(folder / "tokenizer")
-        if store.fingerprint(tokenizer) != config.get("tokenizer"):
-            raise ValueError(
-                f"{folder}/lm was trained on tokens of another tokenizer than {folder}/tokenizer "
-                f"({config.get('tokenizer')}, not {store.fingerprint(tokenizer)}); put the right one there"
-            )
-        try:
-            tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
-            sampling = config["sampling"]
-            sampling = store.build(sampling) if "_target_" in sampling else Sampling(**sampling)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a video language model: {error}") from None
-        text = T5Text(**config["t5"]) if "t5" in config else SentencePieceText(folder / "text.model")
-        return cls(tokenizer, text, store.load(folder / "lm"), tasks, shape, fps, sampling).eval()
-
-    def task(self, name: str) -> Task:
-        if name not in self.tasks:
-            raise ValueError(f"this model has no task {name!r}; it was trained for {', '.join(self.tasks)}")
-        return self.tasks[name]
-
-    def _given(self, given: Given | str | list[str], task: str) -> Given:
-        if isinstance(given, Given):
-            return given.to(self.device)
-        captions = (given,) if isinstance(given, str) else tuple(given)
-        shape = (self.task(task).frames or self.shape[0], *self.shape[1:])
-        return Given(shape, captions, fps=self.fps)
 
     @torch.inference_mode()
     def generate(
@@ -161,9 +101,11 @@ def find(name: str | Path) -> Path:
     return folder
 
 
-def load(name: str | Path) -> VideoLM:
-    """A model from the box by its name ("zoetrope"), or from a folder."""
-    return VideoLM.from_pretrained(find(name))
+def load(name: str | Path) -> VideoModel:
+    """A model from the box by its name ("zoetrope"), or from a folder, which tells its kind by the part in it."""
+    folder = find(name)
+    kind = VideoDiffusion if (folder / VideoDiffusion.part).is_dir() else VideoLM
+    return kind.from_pretrained(folder)
 
 
 def load_tokenizer(name: str, trust: bool = False) -> tuple[VideoTokenizer, Path]:

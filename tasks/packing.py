@@ -16,16 +16,15 @@ clip whose unknown frames are interpolated between the known ones, or whose unkn
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special, Vocabulary, task_token
+from reelm.tasks.preparing import Preparing
 from reelm.tasks.task import Given
-from reelm.tokenizers.text import LONGEST, MULTIPLE, SentencePieceText, T5Text
+from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tokens import Tokens
 
 TEXT_TIME, CONDITION_TIME = -2, 32  # text stands before time 0, condition tokens this many latent frames before theirs
@@ -47,7 +46,7 @@ def interpolate(video: Tensor, known: Tensor) -> Tensor:
     return torch.lerp(video[:, :, before], video[:, :, after], share[:, None, None].to(video.dtype))
 
 
-class Packer:
+class Packer(Preparing):
     """Packs for one tokenizer, text model and vocabulary.
 
     Args:
@@ -60,16 +59,8 @@ class Packer:
     def __init__(
         self, tokenizer: nn.Module, text: SentencePieceText | T5Text, vocabulary: Vocabulary, masked: bool = False
     ) -> None:
-        self.tokenizer, self.text, self.vocabulary, self.masked = tokenizer, text, vocabulary, masked
-
-    def text_length(self, caption: str) -> int:
-        """Text slots that a caption takes."""
-        return self.slots((caption,))
-
-    def slots(self, captions: Iterable[str]) -> int:
-        """Text slots of a batch: enough for the longest of its prompts."""
-        longest = max((len(row) for row in self.text.encode([c for c in captions if c])), default=0)
-        return min(max(-(-longest // MULTIPLE), 1) * MULTIPLE, LONGEST)
+        super().__init__(tokenizer, text)
+        self.vocabulary, self.masked = vocabulary, masked
 
     def _text(self, captions: tuple[str, ...], drop: Tensor, slots: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Ids `(B, slots)`, and vectors and their mask where the text model embeds the text itself."""
@@ -129,20 +120,6 @@ class Packer:
     def _video_tokens(self, video: Tensor) -> tuple[Tensor, Tensor]:
         ids = self.tokenizer.encode(video)
         return self.vocabulary.to_visual(ids.flatten(1)), Tokens.positions(tuple(ids.shape[1:]), ids.device)
-
-    def grid(self, given: Given) -> tuple[int, int, int]:
-        """Token grid of what is to be made."""
-        return self.tokenizer.grid(*given.shape)
-
-    def prefix_frames(self, given: Given) -> int:
-        """How many leading known frames are a prefix of the clip's tokens; those that fill no latent frame are not."""
-        leading, step = given.leading, self.tokenizer.compression[0]
-        return 1 + (leading - 1) // step * step if leading else 0
-
-    def needs_pixels(self, given: Given) -> bool:
-        """Whether more is known than a prefix of the clip's own tokens, which says it in tokens of other pixels."""
-        beyond = given.known is not None and given.known[:, :, self.prefix_frames(given) :].any()
-        return given.condition is not None or bool(beyond)
 
     def known_tokens(self, given: Given) -> Tensor | None:
         """Tokens of the leading known frames `(B, N)`, or None."""

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tokenizers": {"data"},
     "lm": set(),
     "diffusion": set(),
-    "tasks": {"data", "tokenizers", "lm"},
+    "tasks": {"data", "tokenizers", "lm", "diffusion"},
     "evaluation": {"data"},
     "engine": {"data", "tokenizers", "lm", "diffusion", "tasks", "evaluation"},
     "scripts": {"data", "engine"},

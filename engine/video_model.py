@@ -1,0 +1,143 @@
+"""What all models that make clips have in common: a tokenizer, a text model, tasks, and one folder on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from reelm.data.clip import Clip
+from reelm.data.writing import whole_file
+from reelm.engine import store
+from reelm.tasks.preparing import Preparing
+from reelm.tasks.task import Given, Task
+from reelm.tokenizers.text import SentencePieceText, T5Text
+
+
+class VideoModel(nn.Module):
+    """A model that makes clips. Subclasses name themselves in messages (`noun`), their trained `part`, which is a module
+    and a sub-folder of this name, and their `kind` of sampling, and set `packer`, which puts what is given into the form
+    that the part takes.
+
+    Args:
+        tokenizer: of video; it stays frozen.
+        text: the text model.
+        tasks: what the model was trained to do, by name.
+        shape: frames, height and width of its clips. fps: their rate.
+        sampling: how it samples where nothing else is asked for.
+    """
+
+    noun: ClassVar[str]
+    part: ClassVar[str]
+    kind: ClassVar[type]
+    packer: Preparing
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        text: SentencePieceText | T5Text,
+        tasks: Mapping[str, Task],
+        shape: tuple[int, int, int],
+        fps: float,
+        sampling: Any,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.text, self.tasks = text, dict(tasks)
+        self.shape, self.fps, self.sampling = tuple(shape), fps, sampling
+
+    @property
+    def trained(self) -> nn.Module:
+        """The trained part."""
+        return getattr(self, self.part)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trained.parameters()).device
+
+    def generate(
+        self,
+        given: Given | str | list[str],
+        task: str = "t2v",
+        sampling: Any = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Clip:
+        """Clips for what is given: a prompt, several, or a `Given` with known pixels or a condition.
+
+        sampling: None: the model's own. seed: sample i draws with seed + i. progress: called with what is done and all
+        that there is to do.
+        """
+        raise NotImplementedError
+
+    def task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise ValueError(f"this model has no task {name!r}; it was trained for {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    def sampling_with(self, changes: Mapping[str, Any]) -> Any:
+        """The model's own way to sample with some settings changed; ValueError for those that it does not have."""
+        names = [field.name for field in fields(self.kind)]
+        for name, value in changes.items():
+            if name not in names:
+                raise ValueError(f"this model has no sampler.{name}; it has {', '.join(names)}")
+            own = getattr(self.sampling, name)
+            number = isinstance(own, (int, float)) and not isinstance(own, bool)
+            if number != (isinstance(value, (int, float)) and not isinstance(value, bool)):
+                raise ValueError(f"sampler.{name} is {'a number' if number else 'a word'} such as {own}; got {value!r}")
+        return replace(self.sampling, **changes)
+
+    def _given(self, given: Given | str | list[str], task: str) -> Given:
+        if isinstance(given, Given):
+            return given.to(self.device)
+        captions = (given,) if isinstance(given, str) else tuple(given)
+        shape = (self.task(task).frames or self.shape[0], *self.shape[1:])
+        return Given(shape, captions, fps=self.fps)
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
+        """Writes `tokenizer/`, the trained part, `text.model` and, last, `config.json`. The tokenizer keeps its own
+        precision, so that its tokens stay those that the part was trained on. Of a T5 encoder only the place is written.
+        """
+        folder = Path(folder)
+        store.save(self.tokenizer, folder / "tokenizer")
+        store.save(self.trained, folder / self.part, dtype)
+        if isinstance(self.text, SentencePieceText):
+            with whole_file(folder / "text.model") as part:
+                part.write_bytes(self.text.model)
+        config = {
+            "tokenizer": store.fingerprint(self.tokenizer),
+            "tasks": store.describe(self.tasks),
+            "shape": list(self.shape),
+            "fps": self.fps,
+            "sampling": vars(self.sampling),
+            "notes": notes or {},
+        }
+        if isinstance(self.text, T5Text):
+            config["t5"] = {"path": os.path.abspath(self.text.path), "dtype": self.text.dtype}
+        with whole_file(folder / "config.json") as part:
+            part.write_text(json.dumps(config, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VideoModel:
+        """The model of a folder written by `save_pretrained`; nothing in it can run code."""
+        folder = Path(folder)
+        config = store.read_json(folder / "config.json")
+        tokenizer = store.load(folder / "tokenizer")
+        if store.fingerprint(tokenizer) != config.get("tokenizer"):
+            raise ValueError(
+                f"{folder}/{cls.part} was trained on tokens of another tokenizer than {folder}/tokenizer "
+                f"({config.get('tokenizer')}, not {store.fingerprint(tokenizer)}); put the right one there"
+            )
+        try:
+            tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
+            sampling = cls.kind(**config["sampling"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a {cls.noun}: {error}") from None
+        text = T5Text(**config["t5"]) if "t5" in config else SentencePieceText(folder / "text.model")
+        return cls(tokenizer, text, store.load(folder / cls.part), tasks, shape, fps, sampling).eval()

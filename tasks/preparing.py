@@ -1,0 +1,45 @@
+"""What has to be known of what is given, whatever model is told it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from reelm.tasks.task import Given
+from reelm.tokenizers.text import LONGEST, MULTIPLE, SentencePieceText, T5Text
+
+
+class Preparing:
+    """What puts what is given into the form that a model takes, for one tokenizer and text model.
+
+    Args:
+        tokenizer: video tokenizer with `encode`, `grid`, `compression`.
+        text: the text model.
+    """
+
+    def __init__(self, tokenizer: nn.Module, text: SentencePieceText | T5Text) -> None:
+        self.tokenizer, self.text = tokenizer, text
+
+    def text_length(self, caption: str) -> int:
+        """Text slots that a caption takes."""
+        return self.slots((caption,))
+
+    def slots(self, captions: Iterable[str]) -> int:
+        """Text slots of a batch: enough for the longest of its prompts."""
+        longest = max((len(row) for row in self.text.encode([c for c in captions if c])), default=0)
+        return min(max(-(-longest // MULTIPLE), 1) * MULTIPLE, LONGEST)
+
+    def grid(self, given: Given) -> tuple[int, int, int]:
+        """Token grid of what is to be made."""
+        return self.tokenizer.grid(*given.shape)
+
+    def prefix_frames(self, given: Given) -> int:
+        """How many leading known frames are a prefix of the clip's tokens; those that fill no latent frame are not."""
+        leading, step = given.leading, self.tokenizer.compression[0]
+        return 1 + (leading - 1) // step * step if leading else 0
+
+    def needs_pixels(self, given: Given) -> bool:
+        """Whether more is known than a prefix of the clip's own tokens, which says it in tokens of other pixels."""
+        beyond = given.known is not None and given.known[:, :, self.prefix_frames(given) :].any()
+        return given.condition is not None or bool(beyond)
