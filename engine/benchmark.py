@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reelm.data.module import ClipData, ClipSource
 from reelm.data.writing import whole_file
 from reelm.engine import fit
-from reelm.engine.lm_training import train_text
+from reelm.engine.model_training import train_text
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.language_model import LanguageModel

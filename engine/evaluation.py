@@ -17,13 +17,14 @@ from reelm.data.module import Group, in_turn
 from reelm.data.writing import write_contact_sheet
 from reelm.data.zoetrope.captions import Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
-from reelm.engine.video_lm import VideoLM, load
+from reelm.engine.video_lm import load
+from reelm.engine.video_model import VideoModel
 from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
 from reelm.evaluation.zoetrope_reading import Reading, read
 
 
-def batches(world: Zoetrope, model: VideoLM, name: str, count: int, size: int) -> Iterable[tuple[list[int], Clip]]:
+def batches(world: Zoetrope, model: VideoModel, name: str, count: int, size: int) -> Iterable[tuple[list[int], Clip]]:
     """The first `count` clips for a task, in batches of similar caption length, with their numbers."""
     task = model.task(name)
     group = Group(name, frames=task.frames)
@@ -40,7 +41,7 @@ def sensible(reading: Reading) -> bool:
 
 @torch.inference_mode()
 def evaluate_task(
-    model: VideoLM, name: str, world: Zoetrope, clips: int, batch: int, sheet: Path | None = None
+    model: VideoModel, name: str, world: Zoetrope, clips: int, batch: int, sheet: Path | None = None
 ) -> dict[str, Any]:
     """Scores of one task: what was generated, the true clips (the judge's own error), what was generated under the next
     clip's caption (chance), the tokenizer's reconstructions (ceiling)."""
@@ -96,7 +97,7 @@ def table(split: str, results: dict[str, Any]) -> str:
 
 
 def evaluate(
-    model: VideoLM,
+    model: VideoModel,
     tasks: list[str] | None = None,
     splits: tuple[str, ...] = ("validation", "compositional"),
     clips: int = 96,
@@ -119,9 +120,9 @@ def evaluate(
     return results
 
 
-def judge_tokenizer(model: VideoLM, clips: int = 128) -> dict[str, float]:
-    """Reconstruction PSNR of the tokenizer on Zoetrope validation, how its codes are used, and the share of the rarer
-    value of the least used bit of their numbers."""
+def judge_tokenizer(model: VideoModel, clips: int = 128) -> dict[str, float]:
+    """Reconstruction PSNR of the tokenizer on Zoetrope validation and, where it has codes, how they are used and the share
+    of the rarer value of the least used bit of their numbers."""
     tokenizer = model.tokenizer
     world = Zoetrope("validation", size=model.shape[1:], frames=model.shape[0], fps=model.fps)
     ids: list[Tensor] = []
@@ -130,12 +131,15 @@ def judge_tokenizer(model: VideoLM, clips: int = 128) -> dict[str, float]:
         video = Clip.stack([world.get(i) for i in range(start, start + 8)]).video
         ids.append(tokenizer.encode(video))
         quality.append(psnr(tokenizer.decode(ids[-1]), video))
+    reconstruction = {"psnr": float(torch.cat(quality).mean())}
+    if tokenizer.vocabulary is None:
+        return reconstruction
     flat = torch.cat(ids).flatten()
     bits = max((tokenizer.vocabulary - 1).bit_length(), 1)
     ones = [float(((flat >> bit) & 1).float().mean()) for bit in range(bits)]
     usage = code_usage(flat, tokenizer.vocabulary)
     return {
-        "psnr": float(torch.cat(quality).mean()),
+        **reconstruction,
         "codes_used": usage["codes_used"],
         "perplexity": usage["perplexity"],
         "least_used_bit": min(min(one, 1 - one) for one in ones),

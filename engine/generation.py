@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,8 +28,8 @@ from reelm.data.writing import (
     write_video,
 )
 from reelm.engine.store import fingerprint
-from reelm.engine.video_lm import VideoLM, load
-from reelm.lm.sampling import Sampling
+from reelm.engine.video_lm import load
+from reelm.engine.video_model import VideoModel
 from reelm.tasks.task import Given
 
 NEEDS = {  # what each task cannot do without
@@ -89,11 +90,11 @@ def whole_length(frames: int, step: int, note: Callable[[str], None]) -> int:
     return length
 
 
-def _clip(path: str, model: VideoLM, frames: int, start: float, size: tuple[int, int]) -> Clip:
+def _clip(path: str, model: VideoModel, frames: int, start: float, size: tuple[int, int]) -> Clip:
     return read_video(path, fps=model.fps, frames=frames, size=size, start=start, short="repeat")
 
 
-def _tail(path: str, model: VideoLM, most: int, size: tuple[int, int]) -> Clip:
+def _tail(path: str, model: VideoModel, most: int, size: tuple[int, int]) -> Clip:
     """The last frames of a video, `1 + step * k` of them and at most `most`."""
     seconds = probe(path).duration or 0.0
     step = model.tokenizer.compression[0]
@@ -119,7 +120,7 @@ def _mask(inputs: Inputs, size: tuple[int, int]) -> Tensor:
     return known
 
 
-def first_given(model: VideoLM, task: str, inputs: Inputs, frames: int, samples: int) -> tuple[Given, Tensor | None]:
+def first_given(model: VideoModel, task: str, inputs: Inputs, frames: int, samples: int) -> tuple[Given, Tensor | None]:
     """What the model is told for its first window, and the pixels to keep in the result, if any."""
     inputs.check(task)
     size = model.shape[1:]
@@ -157,20 +158,20 @@ def first_given(model: VideoLM, task: str, inputs: Inputs, frames: int, samples:
     return given.replace(captions=(inputs.prompt,) * samples, video=video, known=known), video
 
 
-def _overlap(model: VideoLM) -> int:
+def _overlap(model: VideoModel) -> int:
     """Frames of one window that the next one starts from: about a second (VideoPoet, section 5.3)."""
     step = model.tokenizer.compression[0]
     return 1 + max((model.shape[0] - 1) // (2 * step), 1) * step
 
 
 def make(
-    model: VideoLM,
+    model: VideoModel,
     task: str,
     inputs: Inputs,
     frames: int | None = None,
     samples: int = 1,
     seed: int = 0,
-    sampling: Sampling | None = None,
+    sampling: Any = None,
     keep_known: bool = True,
     note: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] | None = None,
@@ -237,8 +238,11 @@ def _outputs(job: Job, task: str) -> tuple[Path, str]:
     return check_output(path, allowed), path.suffix.lower()
 
 
-def run_job(job: Job, sampling: Sampling, config: dict) -> list[Path]:
-    """Makes the clips, writes them with a JSON of what made them, and a contact sheet of several."""
+def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
+    """Makes the clips, writes them with a JSON of what made them, and a contact sheet of several.
+
+    sampling: how, of the model's kind; or what is to be other than the model's own way.
+    """
     if job.samples < 1:
         raise ValueError(f"samples={job.samples}; give 1 or more")
     started = time.monotonic()
@@ -247,10 +251,13 @@ def run_job(job: Job, sampling: Sampling, config: dict) -> list[Path]:
     path, suffix = _outputs(job, task)
     model = load(job.model)
     model.task(task)
+    sampling = model.sampling_with(sampling) if isinstance(sampling, Mapping) else sampling
+    if not isinstance(sampling, model.kind):
+        raise ValueError(f"a {type(sampling).__name__} is no way for a {model.noun} to sample; leave sampler=... out")
     frames = job.frames or (round(job.seconds * model.fps) + 1 if job.seconds else None)
     loaded = time.monotonic()
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
-        line = bar.add_task(f"{task} tokens")
+        line = bar.add_task(task)
         clip = make(
             model, task, job.inputs, frames, job.samples, job.seed, sampling, job.keep_known,
             note=lambda text: print(f"note: {text}", file=sys.stderr),
@@ -269,7 +276,7 @@ def run_job(job: Job, sampling: Sampling, config: dict) -> list[Path]:
         "seeds": list(range(job.seed, job.seed + job.samples)),
         "sampling": vars(sampling),
         "tokenizer": fingerprint(model.tokenizer),
-        "language_model": fingerprint(model.lm),
+        model.part: fingerprint(model.trained),
         "seconds": {"load": round(loaded - started, 3), "make": round(made - loaded, 3)},
         "config": config,
     }

@@ -17,7 +17,7 @@ from reelm.data.tokens import TokenShards
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
-from reelm.engine.lm_training import train_text
+from reelm.engine.model_training import train_text
 from reelm.engine.video_lm import VideoLM
 
 ROOT = Path(__file__).parents[1]

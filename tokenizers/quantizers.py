@@ -104,6 +104,14 @@ class FSQ(nn.Module):
     def lookup(self, ids: Tensor) -> Tensor:
         return self.fsq.indices_to_codes(ids.flatten(1)).unflatten(1, ids.shape[1:]).movedim(-1, 1)
 
+    def nearest(self, quantized: Tensor) -> Tensor:
+        """Ids of the codes nearest to latents that need not be codes; `forward` would bound them a second time."""
+        half = torch.tensor([level // 2 for level in self.levels], device=quantized.device).view(-1, 1, 1, 1)
+        top = torch.tensor([level - 1 for level in self.levels], device=quantized.device).view(-1, 1, 1, 1)
+        level = (quantized * half + half).round().clamp(min=torch.zeros_like(top), max=top).long()
+        places = torch.tensor([math.prod(self.levels[:i]) for i in range(self.dim)], device=quantized.device)
+        return (level.movedim(1, -1) * places).sum(-1)
+
 
 class VQ(nn.Module):
     """Vector quantization with codes that follow the running mean of what they stand for (VQ-VAE, arXiv:1711.00937,
