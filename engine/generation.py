@@ -276,7 +276,7 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         "seeds": list(range(job.seed, job.seed + job.samples)),
         "sampling": vars(sampling),
         "tokenizer": fingerprint(model.tokenizer),
-        model.part: fingerprint(model.trained),
+        model.noun.removeprefix("video ").replace(" ", "_"): fingerprint(model.trained),
         "seconds": {"load": round(loaded - started, 3), "make": round(made - loaded, 3)},
         "config": config,
     }

@@ -63,6 +63,13 @@ def test_language_models_have_the_size_they_say(size):
     assert low < sum(p.numel() for p in lm.parameters()) / 1e6 < high
 
 
+@pytest.mark.parametrize("size, low, high", [("tiny", 0, 1), ("zoetrope", 6, 9), ("small", 150, 190)])
+def test_denoisers_have_the_size_they_say(size, low, high):
+    with torch.device("meta"):
+        denoiser = instantiate(composed(f"denoiser={size}").denoiser)(channels=8, frames=4, pieces=1024)
+    assert low < sum(p.numel() for p in denoiser.parameters()) / 1e6 < high
+
+
 @pytest.mark.parametrize(
     "quantizer, head",
     [

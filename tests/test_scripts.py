@@ -18,7 +18,8 @@ from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
 from reelm.engine.model_training import train_text
-from reelm.engine.video_lm import VideoLM
+from reelm.engine.video_diffusion import VideoDiffusion
+from reelm.engine.video_lm import VideoLM, load
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -207,6 +208,42 @@ def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):
     assert [kind["model"]["head"]["_target_"].rpartition(".")[2] for kind in kinds] == ["Factorized", "Chained"]
 
 
+@pytest.fixture(scope="module")
+def continuous(tmp_path_factory) -> Path:
+    """A tokenizer without quantization, trained for two steps by the program."""
+    output = tmp_path_factory.mktemp("continuous")
+    tiny = [argument for argument in TINY if not argument.startswith("quantizer")]
+    assert program("train", "stage=tokenizer", "quantizer=continuous", f"output={output}", *tiny) == 0
+    return output
+
+
+DIFFUSION = ("stage=diffusion", "denoiser=tiny", "stage.text=400", "stage.sampling.steps=2")
+
+
+def test_a_model_that_denoises_is_trained_resumed_and_used(continuous, tmp_path):
+    common = (*DIFFUSION, f"stage.tokenizer={continuous}/model", f"output={tmp_path}", *TINY)
+    assert program("train", *common) == 0
+    assert program("train", *common, "resume=true", "trainer.max_steps=3") == 0
+    assert isinstance(model := load(tmp_path / "model"), VideoDiffusion) and "stylization" in model.tasks
+    logged = "".join(path.read_text() for path in (tmp_path / "logs").glob("metrics*.csv"))
+    assert "val/mse" in logged and all(f"val/{name}" in logged for name in model.tasks)
+    output = tmp_path / "clip.mp4"
+    assert program("generate", f"model={tmp_path}/model", "prompt=a star", "sampler.steps=1", f"output={output}") == 0
+    assert json.loads(output.with_suffix(".json").read_text())["sampling"]["steps"] == 1
+    scores = ("tasks=[t2v,inpainting]", "splits=[validation]", "clips=2", "batch=2", f"output={tmp_path}/scores.json")
+    assert program("evaluate", "suite=zoetrope", f"model={tmp_path}/model", *scores) == 0
+    assert set(json.loads((tmp_path / "scores.json").read_text())["validation"]) == {"t2v", "inpainting"}
+
+
+def test_codes_are_denoised_as_points_from_stored_tokens_too(tokenizer, tokens, tmp_path):
+    common = (*DIFFUSION, f"stage.tokenizer={tokenizer}/model", "task=i2v", *TINY)
+    assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}/first") == 0
+    again = (*common, f"output={tmp_path}/second", f"init={tmp_path}/first/model")
+    assert program("train", *again, "data.train.size=32", "data.train.frames=9") == 0
+    text = [(tmp_path / run / "model/text.model").read_bytes() for run in ("first", "second")]
+    assert text[0] == text[1]
+
+
 CLIPS = (
     "data=folder", "data.train.size=32", "data.train.frames=9", "data.train.held_out=[v6,v7]",
     "data.validation.clips_per_video=2",
@@ -307,6 +344,9 @@ def error_line(capfd) -> str:
     "arguments, message",
     [
         (["stage=lm", "stage.tokenizer=nowhere"], "no model at nowhere"),
+        (["stage=diffusion", "denoiser=tiny", "denoiser.layers=xy"], "layers are a letter for each block"),
+        (["stage=diffusion", "denoiser=tiny", "stage.tokenizer=nowhere"], "no model at nowhere"),
+        (["stage=diffusion", "denoiser=tiny", "objective.drawn=often"], "times are drawn logit_normal or uniform"),
         (["stage=tokenizer", "tokenizer.channels=[16]"], "1 channels ask for 0 strides"),
         (["stage=tokenizer", "+tokenizer.colour=3"], "stage.tokenizer: "),
         (["stage=tokenizer", "stage.optimisation.schedule=linear"], "schedule is cosine, wsd or constant"),
