@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from reelm.engine.video_lm import VideoLM
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.sampling import Sampling
+from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.task import Mixture, Task
+from reelm.tokenizers.latents import LatentSpace
 from reelm.tokenizers.text import SentencePieceText, T5Text
 
 
@@ -35,10 +38,11 @@ class LMTraining(ModelTraining):
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
         only: a regular expression for the names of the parameters that learn, such as "temporal|gate" of a dual-channel
             layout whose first channel comes from an image model (`init`); None: all.
-        sampling: with which samples are drawn to be looked at, and which the saved model has by default.
+        sampling: with which samples are drawn to be looked at, and which the saved model has by default. Of a way to
+            draw ids, temperature and guidance hold for continuous tokens too.
     """
 
-    made, measure = VideoLM, "nll"
+    made = VideoLM
 
     def __init__(
         self,
@@ -51,11 +55,20 @@ class LMTraining(ModelTraining):
         text_drop: float = 0.1,
         compile: bool = False,
         only: str | None = None,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | TokenDenoising = Sampling(),
     ) -> None:
+        if head is None:
+            raise ValueError("head=dit_flow is no head of the language model: leave stage=lm out, or choose another head")
+        continuous = getattr(head, "func", head) is TokenDiffusion
+        if continuous and isinstance(sampling, Sampling):
+            sampling = TokenDenoising(temperature=sampling.temperature, guidance=sampling.guidance)
         super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling)
-        vocabulary = Vocabulary(visual=self.video_tokenizer[0].vocabulary, text=self.pieces)
+        video = self.video_tokenizer[0]
+        if continuous:
+            head = partial(head, channels=LatentSpace(video).channels)
+        vocabulary = Vocabulary(visual=0 if continuous else video.vocabulary, text=self.pieces)
         self.lm = LanguageModel(lm, head(vocabulary=vocabulary, width=lm.width))
+        self.measure = getattr(self.lm.head, "measure", "nll")
         if self.lm.head.size != vocabulary.visual:
             raise ValueError(
                 f"the head predicts {self.lm.head.size} codes, the tokenizer has {vocabulary.visual}; "

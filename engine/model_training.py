@@ -32,7 +32,7 @@ class ModelTraining(L.LightningModule):
     """Everything but the model and its loss.
 
     Subclasses name the `made` kind of model and the `measure` of its loss, set the module that is named as the model's
-    part, with the number of word pieces that it has room for in `pieces`, and give `loss` and `blocks`.
+    part, with room for `pieces` word pieces, and give `loss` and `blocks`.
 
     Args:
         tokenizer: folder of a trained video tokenizer; it stays frozen.
@@ -45,7 +45,7 @@ class ModelTraining(L.LightningModule):
     """
 
     made: ClassVar[type[VideoModel]]
-    measure: ClassVar[str]
+    measure: str
     pieces: int
 
     def __init__(

@@ -16,6 +16,7 @@ from reelm.engine.video_model import VideoModel
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling, fill
 from reelm.lm.sampling import Sampling, generate, seeded
+from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion, draw_latents
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
@@ -47,18 +48,19 @@ class VideoLM(VideoModel):
         tasks: Mapping[str, Task],
         shape: tuple[int, int, int] = (17, 64, 64),
         fps: float = 8.0,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | TokenDenoising = Sampling(),
     ) -> None:
         super().__init__(tokenizer, text, tasks, shape, fps, sampling)
         self.lm = lm
-        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked=isinstance(lm.head, Masked))
+        masked, continuous = (isinstance(lm.head, kind) for kind in (Masked, TokenDiffusion))
+        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous)
 
     @torch.inference_mode()
     def generate(
         self,
         given: Given | str | list[str],
         task: str = "t2v",
-        sampling: Sampling | None = None,
+        sampling: Sampling | TokenDenoising | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> Clip:
@@ -76,7 +78,8 @@ class VideoLM(VideoModel):
         if isinstance(sampling, MaskedSampling) and not masked:
             head = type(self.lm.head).__name__
             raise ValueError(f"sampler=masked needs a model with a masked head; this one's is {head}: leave it out")
-        made = (fill if masked else partial(generate, positions=where))(
+        one_by_one = generate if self.packer.space is None else draw_latents
+        made = (fill if masked else partial(one_by_one, positions=where))(
             self.lm.transformer,
             self.lm.head,
             sequence,
@@ -85,8 +88,11 @@ class VideoLM(VideoModel):
             generator=seeded(list(range(seed, seed + len(given))), self.device),
             callback=None if progress is None else lambda count, _: progress(count, len(where)),
         )
-        codes = self.lm.head.vocabulary.from_visual(torch.cat([known, made], 1))
-        video = self.tokenizer.decode(codes.unflatten(1, self.packer.grid(given)))
+        tokens = torch.cat([known, made], 1).unflatten(1, self.packer.grid(given))
+        if self.packer.space is None:
+            video = self.tokenizer.decode(self.lm.head.vocabulary.from_visual(tokens))
+        else:
+            video = self.packer.space.decode(tokens.movedim(-1, 1))
         return Clip(video, given.fps, given.captions)
 
 

@@ -22,8 +22,8 @@ from reelm.tokenizers.text import SentencePieceText, T5Text
 
 class VideoModel(nn.Module):
     """A model that makes clips. Subclasses name themselves in messages (`noun`), their trained `part`, which is a module
-    and a sub-folder of this name, and their `kind` of sampling, and set `packer`, which puts what is given into the form
-    that the part takes.
+    and a sub-folder of this name, and the `kind` of sampling where a folder does not name it, and set `packer`, which puts
+    what is given into the form that the part takes.
 
     Args:
         tokenizer: of video; it stays frozen.
@@ -83,7 +83,7 @@ class VideoModel(nn.Module):
 
     def sampling_with(self, changes: Mapping[str, Any]) -> Any:
         """The model's own way to sample with some settings changed; ValueError for those that it does not have."""
-        names = [field.name for field in fields(self.kind)]
+        names = [field.name for field in fields(self.sampling)]
         for name, value in changes.items():
             if name not in names:
                 raise ValueError(f"this model has no sampler.{name}; it has {', '.join(names)}")
@@ -115,7 +115,7 @@ class VideoModel(nn.Module):
             "tasks": store.describe(self.tasks),
             "shape": list(self.shape),
             "fps": self.fps,
-            "sampling": vars(self.sampling),
+            "sampling": store.describe(self.sampling),
             "notes": notes or {},
         }
         if isinstance(self.text, T5Text):
@@ -136,7 +136,8 @@ class VideoModel(nn.Module):
             )
         try:
             tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
-            sampling = cls.kind(**config["sampling"])
+            sampling = config["sampling"]
+            sampling = store.build(sampling) if "_target_" in sampling else cls.kind(**sampling)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a {cls.noun}: {error}") from None
         text = T5Text(**config["t5"]) if "t5" in config else SentencePieceText(folder / "text.model")

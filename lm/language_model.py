@@ -28,5 +28,5 @@ class LanguageModel(nn.Module):
         return self.transformer(self.head.vectors(sequence), sequence)
 
     def loss(self, sequence: Sequence, label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy of the ids that `sequence.loss` marks, and what to log."""
+        """Mean loss of what `sequence.loss` marks, cross-entropy where that are ids, and what to log."""
         return self.head.learn(self, sequence, label_smoothing)

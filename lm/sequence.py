@@ -28,6 +28,8 @@ class Sequence:
     context_mask: `(B, N)` bool: which vectors of the context count. None: all.
     interior: `(B, L)` int64: for a masked head, the tokens of what is known of an id's place, which stand there while
         the id is hidden; `<mask>` where nothing is known. None: nothing is anywhere.
+    latents: `(B, L, D)` float: the continuous tokens of the columns whose id is `Special.latent`, 0 elsewhere. None:
+        there are none.
     """
 
     ids: Tensor
@@ -38,6 +40,7 @@ class Sequence:
     context: Tensor | None = None
     context_mask: Tensor | None = None
     interior: Tensor | None = None
+    latents: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.positions.shape != (*self.ids.shape, 3):
@@ -64,7 +67,7 @@ class Sequence:
         return replace(self, **changes)
 
     def to(self, *args, **kwargs) -> Sequence:
-        """The same sequence with its tensors moved; a dtype applies to the context only."""
+        """The same sequence with its tensors moved; a dtype applies to context and latents only."""
 
         def move(value):
             if not isinstance(value, Tensor):

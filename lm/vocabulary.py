@@ -35,6 +35,7 @@ class Special(IntEnum):
     mask = 15
     text = 16  # a column whose vector comes from the sequence's embedded context
     null = 17  # stands for a condition that was dropped
+    latent = 18  # a column whose vector is made of the sequence's latent
 
 
 def _slot(slots: range, index: int, what: str) -> int:
@@ -75,7 +76,7 @@ class Vocabulary:
     def __init__(self, visual: int, audio: int = 0, text: int = 0) -> None:
         if visual is None:
             raise ValueError(
-                "this tokenizer's tokens are continuous and no head predicts such: take a tokenizer with codes"
+                "this tokenizer's tokens are continuous: take head=per_token_diffusion, or a tokenizer with codes"
             )
         self.visual, self.audio, self.text = visual, audio, text
         for name in ("visual", "audio", "text"):

@@ -24,10 +24,15 @@ from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special, Vocabulary, task_token
 from reelm.tasks.preparing import Preparing
 from reelm.tasks.task import Given
+from reelm.tokenizers.latents import LatentSpace
 from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tokens import Tokens
 
 TEXT_TIME, CONDITION_TIME = -2, 32  # text stands before time 0, condition tokens this many latent frames before theirs
+
+
+Piece = tuple[Tensor, Tensor, Tensor | None]
+"""Ids `(B, N)`, positions `(N, 3)`, and latents `(B, N, D)` where the model takes those."""
 
 
 def interpolate(video: Tensor, known: Tensor) -> Tensor:
@@ -54,13 +59,20 @@ class Packer(Preparing):
         text: the text model.
         vocabulary: the language model's id space.
         masked: for a masked head.
+        continuous: the tokens are latents (`Sequence.latents`), whose ids say no more than that.
     """
 
     def __init__(
-        self, tokenizer: nn.Module, text: SentencePieceText | T5Text, vocabulary: Vocabulary, masked: bool = False
+        self,
+        tokenizer: nn.Module,
+        text: SentencePieceText | T5Text,
+        vocabulary: Vocabulary,
+        masked: bool = False,
+        continuous: bool = False,
     ) -> None:
         super().__init__(tokenizer, text)
         self.vocabulary, self.masked = vocabulary, masked
+        self.space = LatentSpace(tokenizer) if continuous else None
 
     def _text(self, captions: tuple[str, ...], drop: Tensor, slots: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Ids `(B, slots)`, and vectors and their mask where the text model embeds the text itself."""
@@ -76,8 +88,8 @@ class Packer(Preparing):
         ids = torch.full(mask.shape, int(Special.text), device=drop.device)
         return ids, vectors, mask & ~drop[:, None]
 
-    def _conditions(self, given: Given, leading: int) -> list[tuple[Tensor, Tensor]]:
-        """Token ids `(B, N)` and positions `(N, 3)` of each piece of what is known beyond the leading frames."""
+    def _conditions(self, given: Given, leading: int) -> list[Piece]:
+        """Each piece of what is known beyond the leading frames."""
         pieces = []
         if given.condition is not None:
             pieces.append(self._video_tokens(given.condition))
@@ -87,9 +99,9 @@ class Packer(Preparing):
         whole = frames.all(-1).all(0)[0]
         if (whole == frames.any(-1).any(0)[0]).all():  # whole frames only: images at their time
             for frame in (leading + whole.nonzero()[:, 0]).tolist():
-                ids, positions = self._video_tokens(given.video[:, :, frame : frame + 1])
-                latent = -(-frame // self.tokenizer.compression[0])
-                pieces.append((ids, positions + torch.tensor([latent, 0, 0], device=ids.device)))
+                ids, positions, latents = self._video_tokens(given.video[:, :, frame : frame + 1])
+                time = -(-frame // self.tokenizer.compression[0])
+                pieces.append((ids, positions + torch.tensor([time, 0, 0], device=ids.device), latents))
             return pieces
         pieces.append(self._known_tokens(given.video, given.known))
         return pieces
@@ -98,15 +110,15 @@ class Packer(Preparing):
         known = given.known
         return known is not None and known.shape[2] > leading and bool(known[:, :, leading:].any())
 
-    def _known_tokens(self, video: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids of a video's tokens, <mask> where none of their pixels are known, and their positions."""
-        ids, positions = self._video_tokens(video)
+    def _known_tokens(self, video: Tensor, known: Tensor) -> Piece:
+        """A video's tokens, <mask> where none of their pixels are known."""
+        ids, positions, latents = self._video_tokens(video)
         grid = self.tokenizer.grid(*video.shape[2:])
         known = F.adaptive_max_pool2d(known[:, 0].float(), grid[1:])  # any known pixel of the supervoxel
         step = self.tokenizer.compression[0]
         later = [known[:, i : i + step].amax(1, keepdim=True) for i in range(1, known.shape[1], step)]
         per_latent = torch.cat([known[:, :1], *later], 1)
-        return torch.where(per_latent.flatten(1) > 0, ids, int(Special.mask)), positions
+        return torch.where(per_latent.flatten(1) > 0, ids, int(Special.mask)), positions, latents
 
     def _interior(self, given: Given, leading: int) -> Tensor | None:
         """Ids of the whole grid `(B, N)`: tokens of what is known, <mask> elsewhere; None where no more is known than
@@ -117,19 +129,28 @@ class Packer(Preparing):
         video, known = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (given.video, given.known))
         return self._known_tokens(interpolate(video, known), known)[0]
 
-    def _video_tokens(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        ids = self.tokenizer.encode(video)
-        return self.vocabulary.to_visual(ids.flatten(1)), Tokens.positions(tuple(ids.shape[1:]), ids.device)
+    def _video_tokens(self, video: Tensor) -> Piece:
+        tokens = self.tokenizer.encode(video)
+        ids, latents = self._ids(tokens.flatten(1, 3))
+        return ids, Tokens.positions(tuple(tokens.shape[1:4]), tokens.device), latents
+
+    def _ids(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ids `(B, N)` and, where the model takes latents, these `(B, N, D)` of tokens `(B, N)` or `(B, N, D)`."""
+        if self.space is None:
+            return self.vocabulary.to_visual(tokens), None
+        latents = self.space.points(tokens[:, :, None, None]).flatten(2).transpose(1, 2)
+        return torch.full(latents.shape[:2], int(Special.latent), device=latents.device), latents
 
     def known_tokens(self, given: Given) -> Tensor | None:
-        """Tokens of the leading known frames `(B, N)`, or None."""
+        """Tokens of the leading known frames `(B, N)` or `(B, N, D)`, or None."""
         leading = self.prefix_frames(given)
-        return self.tokenizer.encode(given.video[:, :, :leading]).flatten(1) if leading else None
+        return self.tokenizer.encode(given.video[:, :, :leading]).flatten(1, 3) if leading else None
 
     def known_in(self, sequence: Sequence) -> Tensor:
-        """Ids of the known tokens that a sequence without targets ends with, `(B, N)`."""
+        """The known tokens that a sequence without targets ends with: ids `(B, N)`, or latents `(B, N, D)`."""
         start = int((sequence.ids[0] == int(Special.bov_o)).nonzero()[-1]) + 1
-        return sequence.ids[:, start : sequence.length - int(sequence.loss[0].sum())]
+        tokens = sequence.ids if sequence.latents is None else sequence.latents
+        return tokens[:, start : sequence.length - int(sequence.loss[0].sum())]
 
     def without_prompt(self, sequence: Sequence) -> Sequence:
         """The same sequence with its prompts left out, as `pack` with `unprompted=True` makes it."""
@@ -151,8 +172,8 @@ class Packer(Preparing):
     ) -> Sequence:
         """The sequence of a batch.
 
-        target: ids of the whole clip `(B, t, h, w)` for training; without it the sequence ends with its prefix, or for
-            a masked head with a <mask> for each token to make.
+        target: tokens of the whole clip `(B, t, h, w)` or `(B, t, h, w, D)` for training; without it the sequence ends
+            with its prefix, or for a masked head with a <mask> for each token to make.
         unprompted: `(B,)` bool, whose prompts are left out; True for all.
         slots: text slots, where not those of the longest prompt.
         """
@@ -166,21 +187,24 @@ class Packer(Preparing):
         if target is not None:
             leading = given.leading
             latents = 0 if not leading else 1 + (leading - 1) // self.tokenizer.compression[0]
-            tokens = target.flatten(1)
+            tokens = target.flatten(1, 3)
             known = latents * per_frame
         else:
             tokens = self.known_tokens(given)
-            tokens = torch.zeros(batch, 0, dtype=torch.long, device=device) if tokens is None else tokens
-            known = tokens.shape[1]
+            known = 0 if tokens is None else tokens.shape[1]
             latents = known // per_frame
         used = 0 if latents == 0 else 1 + (latents - 1) * self.tokenizer.compression[0]
 
         ids: list[Tensor] = []
         positions: list[Tensor] = []
+        points: list[Tensor] = []
 
-        def add(new_ids: Tensor, new_positions: Tensor) -> None:
+        def add(new_ids: Tensor, new_positions: Tensor, new_latents: Tensor | None = None) -> None:
             ids.append(new_ids.expand(batch, -1))
             positions.append(new_positions)
+            if self.space is not None:
+                none = torch.zeros(batch, new_ids.shape[1], self.space.channels, device=device)
+                points.append(none if new_latents is None else new_latents)
 
         def add_special(token: int, row: int) -> None:
             add(torch.tensor([[int(token)]], device=device), torch.tensor([[TEXT_TIME, row, 0]], device=device))
@@ -194,15 +218,18 @@ class Packer(Preparing):
         conditions = self._conditions(given, used)
         if conditions:
             add_special(Special.bov_i, 5)
-            for condition_ids, where in conditions:
-                add(condition_ids, where - torch.tensor([CONDITION_TIME, 0, 0], device=device))
+            for condition_ids, where, of in conditions:
+                add(condition_ids, where - torch.tensor([CONDITION_TIME, 0, 0], device=device), of)
             add_special(Special.eov_i, 6)
         add_special(Special.bov_o, 7)
         prefix = sum(part.shape[1] for part in ids) + known
         where = Tokens.positions(grid, device)
-        add(v.to_visual(tokens), where[: tokens.shape[1]])
+        count = 0 if tokens is None else tokens.shape[1]
+        if tokens is not None:
+            new_ids, new_latents = self._ids(tokens)
+            add(new_ids, where[:count], new_latents)
         if self.masked:
-            missing = where[tokens.shape[1] :]
+            missing = where[count:]
             add(torch.full((1, len(missing)), int(Special.mask), device=device), missing)
 
         all_ids = torch.cat(ids, 1)
@@ -214,7 +241,7 @@ class Packer(Preparing):
             interior = torch.where(loss, interior, int(Special.mask))
         stacked = torch.cat(positions)
         # the site that each position predicts: the next one's, for the last one the next of the grid
-        following = where[tokens.shape[1]] if tokens.shape[1] < len(where) else stacked[-1]
+        following = where[count] if count < len(where) else stacked[-1]
         next_positions = torch.cat([stacked[1:], following[None]])
         return Sequence(
             ids=all_ids,
@@ -225,4 +252,5 @@ class Packer(Preparing):
             context=context,
             context_mask=context_mask,
             interior=interior,
+            latents=torch.cat(points, 1) if points else None,
         )

@@ -38,7 +38,7 @@ def test_programs_settings_fit_themselves(name):
 
 @pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if any(p.glob("*.yaml")) and p.name != "cli"))
 def test_every_option_composes_in_some_program(group):
-    programs = [p.stem for p in CONF.glob("*.yaml") if f"- {group}:" in p.read_text()]
+    programs = sorted((p.stem for p in CONF.glob("*.yaml") if f"- {group}:" in p.read_text()), reverse=True)
     assert programs, f"no program has the group {group}"
     for option in options(group):
         known = ["data.root=somewhere"] if group == "data" and option != "zoetrope" else []
@@ -61,6 +61,12 @@ def test_language_models_have_the_size_they_say(size):
         lm = LanguageModel(transformer, head)
     low, high = MILLIONS[size]
     assert low < sum(p.numel() for p in lm.parameters()) / 1e6 < high
+
+
+def test_a_sweep_over_heads_may_leave_the_language_model():
+    check("train", ["-m", "head=chained,per_token_diffusion,dit_flow"])
+    stages = [composed(f"head={head}").stage._target_.rpartition(".")[2] for head in ("per_token_diffusion", "dit_flow")]
+    assert stages == ["LMTraining", "DiffusionTraining"]
 
 
 @pytest.mark.parametrize("size, low, high", [("tiny", 0, 1), ("zoetrope", 6, 9), ("small", 150, 190)])

@@ -216,5 +216,5 @@ def test_latents_that_are_none_are_refused(tmp_path):
 
 
 def test_no_head_predicts_them():
-    with pytest.raises(ValueError, match="tokens are continuous and no head predicts such"):
+    with pytest.raises(ValueError, match="tokens are continuous: take head=per_token_diffusion"):
         Vocabulary(visual=make("plain").vocabulary, text=8)

@@ -20,6 +20,7 @@ from reelm.engine import store
 from reelm.engine.model_training import train_text
 from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_lm import VideoLM, load
+from reelm.lm.token_diffusion import TokenDenoising
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -235,6 +236,17 @@ def test_a_model_that_denoises_is_trained_resumed_and_used(continuous, tmp_path)
     assert set(json.loads((tmp_path / "scores.json").read_text())["validation"]) == {"t2v", "inpainting"}
 
 
+def test_continuous_tokens_are_denoised_one_by_one(continuous, tmp_path):
+    common = (*LM, f"stage.tokenizer={continuous}/model", "task=i2v", f"output={tmp_path}", *TINY)
+    small = ("data.train.size=32", "data.train.frames=5", "sampler.guidance=3")
+    assert program("train", "head=per_token_diffusion", *common, *small) == 0
+    assert "val/mse" in (tmp_path / "logs/metrics.csv").read_text()
+    model = load(tmp_path / "model")
+    assert isinstance(model, VideoLM) and model.sampling == TokenDenoising(guidance=3)
+    output = ("prompt=a star", "task=i2v", f"image={next((tmp_path / 'samples').glob('*.png'))}", f"output={tmp_path}/a.gif")
+    assert program("generate", f"model={tmp_path}/model", "sampler.steps=1", *output) == 0
+
+
 def test_codes_are_denoised_as_points_from_stored_tokens_too(tokenizer, tokens, tmp_path):
     common = (*DIFFUSION, f"stage.tokenizer={tokenizer}/model", "task=i2v", *TINY)
     assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}/first") == 0
@@ -344,6 +356,8 @@ def error_line(capfd) -> str:
     "arguments, message",
     [
         (["stage=lm", "stage.tokenizer=nowhere"], "no model at nowhere"),
+        (["stage=lm", "head=dit_flow"], "head=dit_flow is no head of the language model"),
+        (["stage=lm", "head=per_token_diffusion", "head.repeats=0"], "repeats is 1 or more; got 0"),
         (["stage=diffusion", "denoiser=tiny", "denoiser.layers=xy"], "layers are a letter for each block"),
         (["stage=diffusion", "denoiser=tiny", "stage.tokenizer=nowhere"], "no model at nowhere"),
         (["stage=diffusion", "denoiser=tiny", "objective.drawn=often"], "times are drawn logit_normal or uniform"),

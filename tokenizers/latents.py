@@ -30,7 +30,7 @@ class LatentSpace:
         some = torch.arange(1 << 12, device=device) * 2_654_435_761 % tokenizer.vocabulary
         codes = quantizer.lookup(some.view(1, -1, 1, 1))
         self._nearest = getattr(quantizer, "nearest", None) or (lambda latents: quantizer(latents)[1])
-        deviation, mean = torch.std_mean(codes, (0, 2, 3, 4), keepdim=True)
+        deviation, mean = torch.std_mean(codes, (0, 2, 3, 4), correction=0, keepdim=True)
         self._deviation, self._mean = deviation.clamp_min(1e-6), mean
         if not torch.equal(self._nearest(codes).flatten(), some):
             raise ValueError(

@@ -1,0 +1,231 @@
+"""A head for continuous tokens: each is denoised by itself, under what the transformer says of it.
+
+"Autoregressive Image Generation without Vector Quantization" (MAR, arXiv:2406.11838), here in the order of next-token
+prediction. Noise comes and goes by a cosine (arXiv:2102.09672, section 3.2), `x_t = cos(pi t / 2) x + sin(pi t / 2) noise`.
+The network predicts the velocity (arXiv:2202.00512, section 4) rather than the noise, of which pure noise would tell
+nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelm.lm.sampling import Generators
+from reelm.lm.sequence import Sequence
+from reelm.lm.transformer import Transformer
+from reelm.lm.vocabulary import Special, Vocabulary
+
+
+@dataclass(frozen=True)
+class TokenDenoising:
+    """How to draw continuous tokens.
+
+    steps: from noise to a token. temperature: scales the noise that is added on the way. guidance: scale of
+    classifier-free guidance; 1: none.
+    """
+
+    steps: int = 50
+    temperature: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is 1 or more; got {self.steps}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is 0 or more; got {self.temperature}")
+        if self.guidance < 0:
+            raise ValueError(f"guidance is 0 or more (1: none); got {self.guidance}")
+
+
+def normal(shape: tuple[int, ...], generator: Generators, device: torch.device | str | None = None) -> Tensor:
+    """Standard normal noise, the rows of the first axis from their own generators where there are several."""
+    if not isinstance(generator, list):
+        return torch.randn(shape, generator=generator, device=device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for {shape[0]} samples; give one a sample")
+    return torch.stack([torch.randn(shape[1:], generator=one, device=device) for one in generator])
+
+
+def cosines(time: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of the token and of the noise at times in [0, 1]."""
+    return (time * math.pi / 2).cos(), (time * math.pi / 2).sin()
+
+
+class ResidualMLP(nn.Module):
+    """A block that the condition shifts, scales and gates; at the start it is the identity."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(hidden, 3 * hidden)
+        self.layers = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, -1)
+        return x + gate * self.layers(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+
+
+class TokenDenoiser(nn.Module):
+    """A multi-layer perceptron with AdaLN: `(noisy (N, D), time (N,), hidden state (N, width)) -> (N, D)`."""
+
+    def __init__(self, channels: int, width: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.frequencies = 64
+        self.time = nn.Sequential(nn.Linear(2 * self.frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.told = nn.Linear(width, hidden)
+        self.enter = nn.Linear(channels, hidden)
+        self.blocks = nn.ModuleList(ResidualMLP(hidden) for _ in range(depth))
+        self.modulation = nn.Linear(hidden, 2 * hidden)
+        self.leave = nn.Linear(hidden, channels)
+        for zero in (self.modulation, self.leave):
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(self, noisy: Tensor, time: Tensor, told: Tensor) -> Tensor:
+        steps = torch.arange(self.frequencies, device=time.device) / self.frequencies
+        angles = 1000.0 * time[:, None] * torch.exp(-math.log(10_000) * steps)
+        condition = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.told(told))
+        x = self.enter(noisy)
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.modulation(condition).chunk(2, -1)
+        return self.leave(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+
+
+class TokenDiffusion(nn.Module):
+    """Continuous tokens in and out of a transformer; all other ids have vectors, as with the heads of codes.
+
+    Args:
+        vocabulary, width: as for all heads; the vocabulary has no visual ids.
+        channels: numbers of a token.
+        hidden, depth: width and blocks of the denoising network.
+        repeats: times that each token's loss is taken, at other times and with other noise.
+    """
+
+    measure = "mse"
+    size = 0  # of the ids, it predicts none
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        width: int,
+        channels: int,
+        hidden: int = 256,
+        depth: int = 3,
+        repeats: int = 4,
+    ) -> None:
+        super().__init__()
+        if repeats < 1:
+            raise ValueError(f"repeats is 1 or more; got {repeats}")
+        self.vocabulary, self.width, self.channels = vocabulary, width, channels
+        self.hidden, self.depth, self.repeats = hidden, depth, repeats
+        self.others = nn.Embedding(vocabulary.size, width)
+        nn.init.normal_(self.others.weight, std=0.02)
+        self.enter = nn.Linear(channels, width)
+        self.denoiser = TokenDenoiser(channels, width, hidden, depth)
+
+    def vectors(self, sequence: Sequence) -> Tensor:
+        """Vectors `(B, L, width)` of a sequence's ids and, where these say so, latents."""
+        vectors = self.others(sequence.ids)
+        if sequence.latents is None:
+            return vectors
+        latent = (sequence.ids == int(Special.latent))[..., None]
+        return torch.where(latent, self.enter(sequence.latents).to(vectors.dtype), vectors)
+
+    def learn(
+        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step of training, and what to log. `states`: the hidden states of what the transformer sees."""
+        return self.loss(states(sequence), sequence.latents, sequence.loss)
+
+    def loss(self, hidden: Tensor, latents: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the velocity of the tokens to predict, and what to log.
+
+        Args:
+            hidden: `(B, L, width)`; column i predicts the latent of column i + 1.
+            latents: `(B, L, D)`. mask: `(B, L)` bool: which of them are to be predicted.
+        """
+        chosen = mask[:, 1:]
+        told = hidden[:, :-1][chosen].repeat(self.repeats, 1)
+        clean = latents[:, 1:][chosen].repeat(self.repeats, 1)
+        if not len(clean):
+            raise ValueError("no token of this batch is to be predicted; its loss mask is empty")
+        noise, time = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
+        share, rest = (part[:, None] for part in cosines(time))
+        velocity = self.denoiser(share * clean + rest * noise, time, told)
+        loss = (velocity.float() - (share * noise - rest * clean)).square().mean()
+        return loss, {"mse": loss.detach()}
+
+    def sample(self, hidden: Tensor, sampling: TokenDenoising, noise: Callable[[], Tensor]) -> Tensor:
+        """Tokens `(N, D)` under hidden states `(N, width)`; with guidance `(2 N, width)`, the second half without the
+        condition.
+
+        noise: gives new standard normal noise `(N, D)` each time.
+        """
+        copies = 1 if sampling.guidance == 1 else 2
+        x = noise()
+        times = torch.linspace(1, 0, sampling.steps + 1, device=x.device)
+        for now, after in zip(times[:-1], times[1:], strict=True):
+            velocity = self.denoiser(x.repeat(copies, 1), now.expand(copies * len(x)), hidden).float()
+            if copies == 2:
+                told, untold = velocity.chunk(2)
+                velocity = torch.lerp(untold, told, sampling.guidance)
+            (share, rest), (next_share, next_rest) = cosines(now), cosines(after)
+            clean, noisy = share * x - rest * velocity, rest * x + share * velocity
+            if after == 0:
+                return clean
+            # the posterior of arXiv:2006.11239, section 2: its variance is new noise, the rest the noise there was
+            variance = (next_rest / rest).square() * (1 - (share / next_share).square())
+            kept = (next_rest.square() - variance).clamp_min(0).sqrt()
+            x = next_share * clean + kept * noisy + sampling.temperature * variance.sqrt() * noise()
+        raise AssertionError("the last time is 0")
+
+
+def draw_latents(
+    transformer: Transformer,
+    head: TokenDiffusion,
+    sequence: Sequence,
+    positions: Tensor,
+    sampling: TokenDenoising = TokenDenoising(),
+    unconditional: Sequence | None = None,
+    generator: Generators = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Continues a sequence by continuous tokens, one by one: latents `(B, steps, D)`.
+
+    The arguments are those of `sampling.generate`; the callback gets the newest latents `(B, D)`.
+    """
+    batch, steps = len(sequence), positions.shape[-2]
+    copies = 1 if sampling.guidance == 1 else 2
+    current = sequence.replace(loss=None)
+    if copies == 2:
+        if unconditional is None:
+            raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
+        current = Sequence.cat([current, unconditional.replace(loss=None)])
+    positions = positions.expand(batch, steps, 3).repeat(copies, 1, 1)
+    current = current.replace(next_positions=torch.cat([current.positions[:, 1:], positions[:, :1]], 1))
+    cache = transformer.new_cache(batch * copies, sequence.length + steps)
+    made: list[Tensor] = []
+
+    def noise() -> Tensor:
+        return normal((batch, head.channels), generator, positions.device)
+
+    with torch.inference_mode():
+        for step in range(steps):
+            hidden = transformer(head.vectors(current), current, cache)
+            made.append(head.sample(hidden[:, -1], sampling, noise))
+            if callback is not None:
+                callback(step + 1, made[-1])
+            here, following = positions[:, step : step + 1], positions[:, step + 1 : step + 2]
+            if step + 1 < steps:
+                latents = made[-1].repeat(copies, 1)[:, None]
+                ids = torch.full((batch * copies, 1), int(Special.latent), device=positions.device)
+                current = Sequence(ids, here, prefix=0, next_positions=following, latents=latents)
+    return torch.stack(made, 1)
