@@ -1,8 +1,8 @@
 """What a denoiser learns: how clean latents become noise, what the network predicts on the way, and how to get back.
 
 An objective has `times`, `loss`, `velocity` and `schedule`; models and solvers know no more of it. Time runs from 0
-(clean) to 1 (noise). A network is a function `(noisy, time (B,)) -> output`, so that an objective may scale what goes in
-and what comes out.
+(clean) to 1 (noise). A network is a function `(noisy, time (B,)) -> output`, so that an objective may scale what goes
+in and what comes out.
 """
 
 from __future__ import annotations

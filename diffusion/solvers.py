@@ -44,8 +44,8 @@ def solve(
 
     Args:
         velocity: of latents and times `(B,)`.
-        solver: "euler" is what diffusers' `FlowMatchEulerDiscreteScheduler` does. "heun" averages the velocities at both
-            ends of a step but the last, whose end is clean (arXiv:2206.00364, algorithm 1).
+        solver: "euler" is what diffusers' `FlowMatchEulerDiscreteScheduler` does. "heun" averages the velocities at
+            both ends of a step but the last, whose end is clean (arXiv:2206.00364, algorithm 1).
         callback: called with the number of steps made and the latents after each step.
     """
     x = noise

@@ -121,8 +121,8 @@ def evaluate(
 
 
 def judge_tokenizer(model: VideoModel, clips: int = 128) -> dict[str, float]:
-    """Reconstruction PSNR of the tokenizer on Zoetrope validation and, where it has codes, how they are used and the share
-    of the rarer value of the least used bit of their numbers."""
+    """Reconstruction PSNR of the tokenizer on Zoetrope validation and, where it has codes, how they are used and the
+    share of the rarer value of the least used bit of their numbers."""
     tokenizer = model.tokenizer
     world = Zoetrope("validation", size=model.shape[1:], frames=model.shape[0], fps=model.fps)
     ids: list[Tensor] = []

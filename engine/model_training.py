@@ -1,4 +1,4 @@
-"""What the training of all models that make clips has in common: tokens of a frozen tokenizer, tasks, and a text model."""
+"""What the training of all models that make clips has in common: a frozen tokenizer, tasks, and a text model."""
 
 from __future__ import annotations
 

@@ -21,9 +21,11 @@ from reelm.tokenizers.text import SentencePieceText, T5Text
 
 
 class VideoModel(nn.Module):
-    """A model that makes clips. Subclasses name themselves in messages (`noun`), their trained `part`, which is a module
-    and a sub-folder of this name, and the `kind` of sampling where a folder does not name it, and set `packer`, which puts
-    what is given into the form that the part takes.
+    """A model that makes clips.
+
+    Subclasses name themselves in messages (`noun`), their trained `part`, which is a module and a sub-folder of this
+    name, and the `kind` of sampling where a folder does not name it. They set `packer`, which puts what is given into
+    the form that the part takes.
 
     Args:
         tokenizer: of video; it stays frozen.
@@ -102,8 +104,8 @@ class VideoModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
         """Writes `tokenizer/`, the trained part, `text.model` and, last, `config.json`. The tokenizer keeps its own
-        precision, so that its tokens stay those that the part was trained on. Of a T5 encoder only the place is written.
-        """
+        precision, so that its tokens stay those that the part was trained on. Of a T5 encoder only the place is
+        written."""
         folder = Path(folder)
         store.save(self.tokenizer, folder / "tokenizer")
         store.save(self.trained, folder / self.part, dtype)

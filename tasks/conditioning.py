@@ -1,8 +1,8 @@
 """From what is given to what a denoiser is told.
 
-The convention of what is known is the task's: leading frames that are known are the first latents of the clip itself and
-are kept; everything else that is known comes as latents of a clip with the unknown pixels grey, with a mask that tells
-frame by frame which share of a latent's pixels is known.
+The convention of what is known is the task's: leading frames that are known are the first latents of the clip itself
+and are kept; everything else that is known comes as latents of a clip with the unknown pixels grey, with a mask that
+tells frame by frame which share of a latent's pixels is known.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Packer(Preparing):
         unprompted: `(B,)` bool, whose prompts are left out; True for all.
         slots: text slots, where not those of the longest prompt.
         """
-        v, batch = self.vocabulary, len(given)
+        batch = len(given)
         grid = self.grid(given)
         per_frame = grid[1] * grid[2]
         device = next(self.tokenizer.parameters()).device

@@ -42,7 +42,9 @@ def told(conditioner: Conditioner, task, whole: Clip) -> tuple[Given, Conditions
     return given, conditioner.conditions(given)
 
 
-@pytest.mark.parametrize("quantizer", [Continuous(4), LFQ(6), FSQ((8, 5, 4)), VQ(16, 4)], ids=lambda q: type(q).__name__)
+@pytest.mark.parametrize(
+    "quantizer", [Continuous(4), LFQ(6), FSQ((8, 5, 4)), VQ(16, 4)], ids=lambda q: type(q).__name__
+)
 def test_tokens_are_points_and_come_back(quantizer):
     video, tokenizer = torch.rand(2, 3, 5, 16, 16) * 2 - 1, made(quantizer)
     tokenizer.train()(video)  # codes of a vector quantizer begin where latents are
@@ -87,7 +89,9 @@ def test_leading_frames_are_the_first_latents_of_the_clip(conditioner, first, la
     given, conditions = told(conditioner, KnownFrames("x", first=(first,)), whole)
     target = conditioner.space.encode(whole.video)
     torch.testing.assert_close(conditions.known[:, :, :latents], target[:, :, :latents], atol=1e-5, rtol=0)
-    assert not conditions.known[:, :, latents:].any() and conditions.kept.tolist() == [[i < latents for i in range(5)]] * 2
+    assert (
+        not conditions.known[:, :, latents:].any() and conditions.kept.tolist() == [[i < latents for i in range(5)]] * 2
+    )
     assert conditions.shares[:, :, :latents].eq(1).all() and not conditions.shares[:, :, latents:].any()
     training = conditioner.conditions(given, target)
     assert torch.equal(training.known[:, :, :latents], target[:, :, :latents])
@@ -133,6 +137,8 @@ def test_other_tasks(conditioner, task):
 
 def test_mistakes_are_one_line(conditioner):
     given = Given(SHAPE, CAPTIONS, condition=torch.zeros(2, 3, 9, 16, 24))
-    with pytest.raises(ValueError, match=r"\(9, 16, 24\), the clip to make \(17, 16, 24\); give both the same") as caught:
+    with pytest.raises(
+        ValueError, match=r"\(9, 16, 24\), the clip to make \(17, 16, 24\); give both the same"
+    ) as caught:
         conditioner.conditions(given)
     assert "\n" not in str(caught.value)

@@ -65,7 +65,9 @@ def test_language_models_have_the_size_they_say(size):
 
 def test_a_sweep_over_heads_may_leave_the_language_model():
     check("train", ["-m", "head=chained,per_token_diffusion,dit_flow"])
-    stages = [composed(f"head={head}").stage._target_.rpartition(".")[2] for head in ("per_token_diffusion", "dit_flow")]
+    stages = [
+        composed(f"head={head}").stage._target_.rpartition(".")[2] for head in ("per_token_diffusion", "dit_flow")
+    ]
     assert stages == ["LMTraining", "DiffusionTraining"]
 
 

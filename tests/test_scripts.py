@@ -243,7 +243,12 @@ def test_continuous_tokens_are_denoised_one_by_one(continuous, tmp_path):
     assert "val/mse" in (tmp_path / "logs/metrics.csv").read_text()
     model = load(tmp_path / "model")
     assert isinstance(model, VideoLM) and model.sampling == TokenDenoising(guidance=3)
-    output = ("prompt=a star", "task=i2v", f"image={next((tmp_path / 'samples').glob('*.png'))}", f"output={tmp_path}/a.gif")
+    output = (
+        "prompt=a star",
+        "task=i2v",
+        f"image={next((tmp_path / 'samples').glob('*.png'))}",
+        f"output={tmp_path}/a.gif",
+    )
     assert program("generate", f"model={tmp_path}/model", "sampler.steps=1", *output) == 0
 
 

@@ -119,7 +119,9 @@ def test_a_mixture_is_learned():
 
 
 def test_the_loss_counts_what_is_marked_and_gradients_reach_everything(model):
-    lm = awake(LanguageModel(Transformer(24, 2, 2, sites=(8, 8, 8)), TokenDiffusion(Vocabulary(0), 24, 3, 16, 2))).train()
+    lm = awake(
+        LanguageModel(Transformer(24, 2, 2, sites=(8, 8, 8)), TokenDiffusion(Vocabulary(0), 24, 3, 16, 2))
+    ).train()
     latents = torch.randn(2, 6, 3)
     sequence = columns(latents, 3)
     torch.manual_seed(0)

@@ -11,9 +11,9 @@ from reelm.tokenizers.tokenizer import VideoTokenizer
 class LatentSpace:
     """The tokens of a video tokenizer as latents `(B, D, t, h, w)` float32, and back.
 
-    A tokenizer without quantization has them already, of unit variance. The codes of another stand at their places among
-    its quantized latents, shifted and scaled so that all codes together have unit variance, and what is denoised goes to
-    the nearest code ("analog bits", arXiv:2208.04202, where the quantizer is LFQ).
+    A tokenizer without quantization has them already, of unit variance. The codes of another stand at their places
+    among its quantized latents, shifted and scaled so that all codes together have unit variance, and what is denoised
+    goes to the nearest code ("analog bits", arXiv:2208.04202, where the quantizer is LFQ).
 
     Args:
         tokenizer: any whose quantizer finds its own codes again; ValueError for others.
