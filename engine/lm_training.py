@@ -58,9 +58,7 @@ class LMTraining(ModelTraining):
         sampling: Sampling | TokenDenoising = Sampling(),
     ) -> None:
         if head is None:
-            raise ValueError(
-                "head=dit_flow is no head of the language model: leave stage=lm out or choose another"
-            )
+            raise ValueError("head=dit_flow is no head of the language model: leave stage=lm out or choose another")
         continuous = getattr(head, "func", head) is TokenDiffusion
         if continuous and isinstance(sampling, Sampling):
             sampling = TokenDenoising(temperature=sampling.temperature, guidance=sampling.guidance)

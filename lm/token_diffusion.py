@@ -1,8 +1,8 @@
 """A head for continuous tokens: each is denoised by itself, under what the transformer says of it.
 
 "Autoregressive Image Generation without Vector Quantization" (MAR, arXiv:2406.11838), here in the order of next-token
-prediction. Noise comes and goes by a cosine, `x_t = cos(pi t / 2) x + sin(pi t / 2) noise`, and the network predicts the
-velocity (arXiv:2202.00512, section 4) rather than the noise, which says nothing where there is nothing else.
+prediction. Noise comes and goes by a cosine, `x_t = cos(pi t / 2) x + sin(pi t / 2) noise`, and the network predicts
+the velocity (arXiv:2202.00512, section 4) rather than the noise, which says nothing where there is nothing else.
 """
 
 from __future__ import annotations
