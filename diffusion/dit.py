@@ -83,6 +83,8 @@ class DiT(nn.Module):
         theta: base of the rotary frequencies; about the largest distance that matters.
     """
 
+    cannot_grow = ("channels", "frames", "width", "heads", "patch")  # several matrices lie in one (store.grow)
+
     def __init__(
         self,
         channels: int,

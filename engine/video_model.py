@@ -90,8 +90,8 @@ class VideoModel(nn.Module):
             if name not in names:
                 raise ValueError(f"this model has no sampler.{name}; it has {', '.join(names)}")
             own = getattr(self.sampling, name)
-            number = isinstance(own, (int, float)) and not isinstance(own, bool)
-            if number != (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            number, given = (isinstance(x, (int, float)) and not isinstance(x, bool) for x in (own, value))
+            if own is not None and number != given:
                 raise ValueError(f"sampler.{name} is {'a number' if number else 'a word'} such as {own}; got {value!r}")
         return replace(self.sampling, **changes)
 

@@ -108,6 +108,7 @@ class TokenDiffusion(nn.Module):
         repeats: times that each token's loss is taken, at other times and with other noise.
     """
 
+    cannot_grow = ("channels", "hidden")  # several matrices lie in one (store.grow)
     measure = "mse"
     size = 0  # of the ids, it predicts none
 

@@ -31,7 +31,7 @@ class Conditioner(Preparing):
         target: latents of the whole clip `(B, D, t, h, w)` for training, whose first frames are those that are kept.
         unprompted: `(B,)` bool, whose prompts are left out; True for all.
         """
-        device = next(self.tokenizer.parameters()).device
+        device = self.tokenizer.device
         text, text_mask = self._text(given.captions, torch.as_tensor(unprompted, device=device))
         known, shares, kept = self._known(given, target)
         fps = torch.full((len(given),), float(given.fps), device=device)

@@ -180,7 +180,7 @@ class Packer(Preparing):
         batch = len(given)
         grid = self.grid(given)
         per_frame = grid[1] * grid[2]
-        device = next(self.tokenizer.parameters()).device
+        device = self.tokenizer.device
         drop = torch.as_tensor(unprompted, device=device).expand(batch)
         text, context, context_mask = self._text(given.captions, drop, slots or self.slots(given.captions))
 

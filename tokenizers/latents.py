@@ -25,7 +25,7 @@ class LatentSpace:
         self.continuous = tokenizer.vocabulary is None
         if self.continuous:
             return
-        device = next(tokenizer.parameters()).device
+        device = tokenizer.device
         # the same on every machine, and no channel stands still as it could with even steps
         some = torch.arange(1 << 12, device=device) * 2_654_435_761 % tokenizer.vocabulary
         codes = quantizer.lookup(some.view(1, -1, 1, 1))
