@@ -252,8 +252,6 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     model = load(job.model)
     model.task(task)
     sampling = model.sampling_with(sampling) if isinstance(sampling, Mapping) else sampling
-    if not isinstance(sampling, type(model.sampling)):
-        raise ValueError(f"a {type(sampling).__name__} is no way for a {model.noun} to sample; leave sampler=... out")
     frames = job.frames or (round(job.seconds * model.fps) + 1 if job.seconds else None)
     loaded = time.monotonic()
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:

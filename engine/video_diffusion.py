@@ -57,7 +57,7 @@ class VideoDiffusion(VideoModel):
 
         seed: the noise of sample i is drawn with seed + i. progress: called with steps made and steps asked.
         """
-        given, sampling = self._given(given, task), sampling or self.sampling
+        given, sampling = self._given(given, task), self._sampling(sampling, Denoising)
         space = self.packer.space
         shape = (space.channels, *self.packer.grid(given))
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(given))]

@@ -74,7 +74,8 @@ class VideoLM(VideoModel):
         sequence = self.packer.pack(given, self.task(task).marker)
         known = self.packer.known_in(sequence)
         where = Tokens.positions(self.packer.grid(given), self.device)[known.shape[1] :]
-        masked, sampling = self.packer.masked, sampling or self.sampling
+        masked = self.packer.masked
+        sampling = self._sampling(sampling, Sampling if self.packer.space is None else TokenDenoising)
         if isinstance(sampling, MaskedSampling) and not masked:
             head = type(self.lm.head).__name__
             raise ValueError(f"sampler=masked needs a model with a masked head; this one's is {head}: leave it out")

@@ -95,6 +95,13 @@ class VideoModel(nn.Module):
                 raise ValueError(f"sampler.{name} is {'a number' if number else 'a word'} such as {own}; got {value!r}")
         return replace(self.sampling, **changes)
 
+    def _sampling(self, sampling: Any, *kinds: type) -> Any:
+        """The way to sample that is asked for, or the model's own; ValueError where it is not of these kinds."""
+        sampling = sampling or self.sampling
+        if not isinstance(sampling, kinds):
+            raise ValueError(f"this {self.noun} cannot sample by {type(sampling).__name__}; leave sampler=... out")
+        return sampling
+
     def _given(self, given: Given | str | list[str], task: str) -> Given:
         if isinstance(given, Given):
             return given.to(self.device)

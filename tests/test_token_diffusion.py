@@ -5,7 +5,7 @@ from torch import nn
 from reelm.data.clip import Clip
 from reelm.engine.video_lm import VideoLM, load
 from reelm.lm.language_model import LanguageModel
-from reelm.lm.sampling import seeded
+from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.sequence import Sequence
 from reelm.lm.token_diffusion import ResidualMLP, TokenDenoising, TokenDiffusion, draw_latents
 from reelm.lm.transformer import Transformer
@@ -200,6 +200,8 @@ def test_a_saved_model_generates_the_same(model, tmp_path):
     assert loaded.sampling == TokenDenoising(3, guidance=2.0)
     again = loaded.generate(["a red star", "moves left"], seed=4).video
     torch.testing.assert_close(again, model.generate(["a red star", "moves left"], seed=4).video, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="cannot sample by Sampling; leave sampler=... out"):
+        model.generate("a red star", sampling=Sampling())
     torch.testing.assert_close(again[1:], model.generate("moves left", seed=5).video, atol=1e-3, rtol=0)
 
 

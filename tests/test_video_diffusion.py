@@ -134,7 +134,7 @@ def test_settings_change_the_model_s_own_way_to_sample(model, folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             model.sampling_with(changes)
     job = Job(str(folder), None, Inputs("a red star"), str(tmp_path / "a.mp4"))
-    with pytest.raises(ValueError, match="a Sampling is no way for a video diffusion model to sample"):
+    with pytest.raises(ValueError, match="this video diffusion model cannot sample by Sampling; leave sampler=... out"):
         run_job(job, Sampling(), {})
     run_job(job, {"steps": 3}, {})
     record = json.loads((tmp_path / "a.json").read_text())
