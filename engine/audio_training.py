@@ -11,7 +11,7 @@ from torch import Tensor
 from reelm.data.module import Batch, Group
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.reconstruction_training import ERRORS, ReconstructionTraining
-from reelm.evaluation.sound import mel_distance, picture, pitch_kept, si_sdr
+from reelm.evaluation.sound import mel_distance, picture, pitch_kept, si_sdr, snr
 from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.audio_discriminator import SoundAdversary
 from reelm.tokenizers.spectral import SpectralLoss
@@ -31,7 +31,7 @@ class AudioTraining(ReconstructionTraining):
         windows: of the spectral loss, in samples.
     """
 
-    metric = "val/si_sdr"  # what a sweep optimises
+    metric = "val/snr"  # what a sweep optimises
     folder, signal, rival = "audio", "sound", SoundAdversary
 
     def __init__(
@@ -47,7 +47,11 @@ class AudioTraining(ReconstructionTraining):
     ) -> None:
         super().__init__(tokenizer, optimisation, adversary, reconstruction)
         self.spectral = SpectralLoss(tokenizer.rate, windows)
-        self.weights = {"reconstruction": reconstruction_weight, "spectral": spectral_weight, "commitment": commitment_weight}
+        self.weights = {
+            "reconstruction": reconstruction_weight,
+            "spectral": spectral_weight,
+            "commitment": commitment_weight,
+        }
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -71,7 +75,7 @@ class AudioTraining(ReconstructionTraining):
         loss = self.with_adversary(loss, terms, reconstruction, sound)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(sound))
         self.log("train/loss", loss.detach(), batch_size=len(sound))
-        self.log("train/si_sdr", si_sdr(reconstruction.detach(), sound).mean(), prog_bar=True, batch_size=len(sound))
+        self.log("train/snr", snr(reconstruction.detach(), sound).mean(), prog_bar=True, batch_size=len(sound))
         self.log("train/codes", float(ids[..., 0].unique().numel()), prog_bar=True, batch_size=len(sound))
         return loss
 
@@ -81,12 +85,13 @@ class AudioTraining(ReconstructionTraining):
         reconstruction = reconstruction.float().clamp(-1, 1)
         self._seen.append(ids.flatten(0, 1).cpu())
         figures = {
+            "snr": snr(reconstruction, sound),
             "si_sdr": si_sdr(reconstruction, sound),
             "mel_distance": mel_distance(reconstruction, sound, rate),
             "pitch_kept": pitch_kept(reconstruction, sound, rate).float(),
         }
         for name, values in figures.items():
-            self.log(f"val/{name}", values.mean(), prog_bar=name == "si_sdr", batch_size=len(sound), sync_dist=True)
+            self.log(f"val/{name}", values.mean(), prog_bar=name == "snr", batch_size=len(sound), sync_dist=True)
         if index == 0:
             both = torch.stack([sound[:4], reconstruction[:4]], 1).flatten(0, 1)
             self._samples = picture(both)

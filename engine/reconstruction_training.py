@@ -24,7 +24,7 @@ ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
 class ReconstructionTraining(L.LightningModule):
     """A tokenizer learns to reconstruct, with an adversary where one is given.
 
-    Subclasses have `folder`, the sub-folder of a whole model that holds their tokenizer; `signal`, what they call what is
+    Subclasses have `folder`, the sub-folder of a whole model that holds their tokenizer; `signal`, the name of what is
     reconstructed; and `rival`, the class of an adversary that fits.
 
     Args:
@@ -45,7 +45,7 @@ class ReconstructionTraining(L.LightningModule):
         super().__init__()
         if adversary is not None and not isinstance(adversary, self.rival):
             raise ValueError(
-                f"the adversary is a {type(adversary).__name__} and {self.signal} takes a {self.rival.__name__}; "
+                f"the adversary is {type(adversary).__name__} and {self.signal} takes {self.rival.__name__}; "
                 "choose another adversary=..."
             )
         if reconstruction not in ERRORS:

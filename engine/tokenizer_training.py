@@ -17,6 +17,7 @@ from reelm.engine.reconstruction_training import ERRORS, ReconstructionTraining
 from reelm.evaluation.reconstruction import psnr
 from reelm.tokenizers.discriminator import Adversary
 
+
 class TokenizerTraining(ReconstructionTraining):
     """Reconstruction, commitment and entropy terms (MAGVIT-v2, appendix A.2), and a perceptual term and an adversary
     where they are given.

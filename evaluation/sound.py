@@ -1,7 +1,7 @@
 """How near a reconstructed sound is to the true one.
 
-All sounds are `(B, C, N)` in [-1, 1]; figures are per sound, `(B,)`. Channels count together, so that a voice on the wrong
-side is an error.
+All sounds are `(B, C, N)` in [-1, 1]; figures are per sound, `(B,)`. Channels count together, so that a voice on the
+wrong side is an error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The causal tokenizer of sound: SoundStream (https://arxiv.org/abs/2107.03312, section III).
 
 Latent k depends on the samples before `(k + 1) * compression` alone, so the ids of a prefix are the prefix of the ids.
-Several channels are told apart by the first convolution and the last: one latent is of all of them. Folding samples into
-patches in front, as the Haar patches of the video tokenizer, makes a small network several times cheaper; `patch=1` is
-the paper's.
+Several channels are told apart by the first convolution and the last: one latent is of all of them. Folding samples
+into patches in front, as the Haar patches of the video tokenizer, makes a small network several times cheaper;
+`patch=1` is the paper's.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class SpectrumBlock(nn.Module):
     def __init__(self, cin: int, cout: int, stride: tuple[int, int]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(cin, cin, 3, padding=1)
-        self.conv2 = nn.Conv2d(cin, cout, [s + 2 for s in stride], stride, [(s + 1) // 2 for s in stride])
+        self.conv2 = nn.Conv2d(cin, cout, [s + 2 for s in stride], stride, stride)
         self.shortcut = nn.Conv2d(cin, cout, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
