@@ -28,7 +28,9 @@ class AudioTraining(ReconstructionTraining):
         adversary: a `reelm.tokenizers.audio_discriminator.SoundAdversary`, trained along, or None.
         reconstruction_weight, spectral_weight, commitment_weight: of the loss terms.
         reconstruction: "l1", "l2", or "psnr": the logarithm of each sound's L2, so that loud and soft ones count alike.
-        windows: of the spectral loss, in samples.
+        emphasis: the waveform term compares x[n] - emphasis * x[n - 1], so that what is soft and high, such as a click
+            over a low voice, counts. A spectral term alone hardly finds it: where nothing sounds yet, no phase is right.
+        windows: of the spectral loss, in samples. floor: amplitude below which it hears nothing.
     """
 
     metric = "val/snr"  # what a sweep optimises
@@ -43,10 +45,13 @@ class AudioTraining(ReconstructionTraining):
         spectral_weight: float = 1.0,
         commitment_weight: float = 1.0,
         reconstruction: Literal["l1", "l2", "psnr"] = "l1",
+        emphasis: float = 0.0,
         windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048),
+        floor: float = 1e-4,
     ) -> None:
         super().__init__(tokenizer, optimisation, adversary, reconstruction)
-        self.spectral = SpectralLoss(tokenizer.rate, windows)
+        self.spectral = SpectralLoss(tokenizer.rate, windows, floor=floor)
+        self.emphasis = emphasis
         self.weights = {
             "reconstruction": reconstruction_weight,
             "spectral": spectral_weight,
@@ -64,7 +69,10 @@ class AudioTraining(ReconstructionTraining):
         """Named, unweighted terms; the reconstruction; the ids."""
         reconstruction, ids, terms = self.tokenizer(sound)
         reconstruction = reconstruction.float()
-        terms["reconstruction"] = ERRORS[self.reconstruction](reconstruction - sound)
+        error = reconstruction - sound
+        if self.emphasis:
+            error = error[..., 1:] - self.emphasis * error[..., :-1]
+        terms["reconstruction"] = ERRORS[self.reconstruction](error)
         terms["spectral"] = self.spectral(reconstruction, sound)
         return terms, reconstruction, ids
 

@@ -38,19 +38,26 @@ def mel_distance(reconstruction: Tensor, sound: Tensor, rate: int) -> Tensor:
     return (levels[0] - levels[1]).abs().flatten(1).mean(1)
 
 
+def _power(sound: Tensor) -> Tensor:
+    """Power over the whole length and all channels at frequencies of `rate / (4 N)` and its multiples: `(B, 2 N + 1)`."""
+    window = torch.hann_window(sound.shape[-1], device=sound.device)
+    return torch.fft.rfft(sound.float() * window, 4 * sound.shape[-1]).abs().square().sum(1)
+
+
 def strongest_frequency(sound: Tensor, rate: int) -> Tensor:
-    """The frequency in hertz at which a sound has most power, over its whole length and all channels."""
-    count = sound.shape[-1]
-    padded = 4 * count  # finer than the length itself would tell
-    window = torch.hann_window(count, device=sound.device)
-    power = torch.fft.rfft(sound.float() * window, padded).abs().square().sum(1)
-    return power.argmax(-1) * (rate / padded)
+    """The frequency in hertz at which a sound has most power."""
+    return _power(sound).argmax(-1) * (rate / (4 * sound.shape[-1]))
 
 
 def pitch_kept(reconstruction: Tensor, sound: Tensor, rate: int) -> Tensor:
-    """Whether the strongest frequency is the true one, within a quarter tone (3 %): bool."""
-    made, true = (strongest_frequency(each, rate) for each in (reconstruction, sound))
-    return (made - true).abs() <= 0.03 * true
+    """Whether the strongest frequency, within a quarter tone (3 %), is still one of the strongest: bool.
+
+    There the reconstruction has at least half of the power that it has anywhere: two voices may be equally loud.
+    """
+    true, power = strongest_frequency(sound, rate), _power(reconstruction)
+    frequencies = torch.arange(power.shape[-1], device=power.device) * (rate / (4 * sound.shape[-1]))
+    near = (frequencies - true[:, None]).abs() <= 0.03 * true[:, None]
+    return (power * near).amax(-1) >= 0.5 * power.amax(-1)
 
 
 def picture(sound: Tensor, window: int = 1024) -> Tensor:

@@ -48,6 +48,24 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     torch.testing.assert_close(loss_of(module, sound), want + 0.2 * terms.get("commitment", 0))
 
 
+def test_emphasis_makes_a_soft_click_count():
+    plain, raised = training(), training(emphasis=0.95)
+    clock = torch.arange(2000) / 16_000
+    voice, click = (
+        loud * torch.sin(6.2832 * pitch * clock).expand(1, 2, -1) for loud, pitch in ((0.2, 200), (0.02, 4000))
+    )
+
+    def shares(module: AudioTraining) -> list[float]:
+        errors = []
+        for sound in (voice, click):
+            module.tokenizer.forward = lambda signal, made=sound: (signal + made, None, {})
+            errors.append(module.losses(torch.zeros(1, 2, 2000))[0]["reconstruction"].item())
+        return errors
+
+    (low, high), (low_raised, high_raised) = shares(plain), shares(raised)
+    assert high < 0.2 * low and high_raised > low_raised
+
+
 def test_all_parts_learn_and_so_does_the_adversary():
     module = training(adversary=SoundAdversary(SoundDiscriminator(width=4, window=128, scales=(1,))))
     loss_of(module, torch.rand(2, 2, 2000) - 0.5).backward()
