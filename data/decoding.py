@@ -1,4 +1,4 @@
-"""The only home of a video decoder: a file opened safely, and its frames with the times at which they are shown."""
+"""Files opened safely, and the only home of a video decoder: frames with the times at which they are shown."""
 
 from __future__ import annotations
 
@@ -74,12 +74,78 @@ def _reason(error: Exception) -> str:
     return f"cannot be read ({text}): leave it out or convert it to mp4"
 
 
-class Decoder:
-    """One open file and its frames.
+class MediaFile:
+    """A file that is opened safely; what is read of it is bounded.
 
     Args:
         source: a local path, the bytes of a file, or a binary file object that can seek (a member of a tar, say).
         limits: what it may cost.
+    """
+
+    def __init__(self, source: Source, limits: Limits) -> None:
+        self.source, self.limits, self.name = source, limits, named(source)
+        self.start_clock()
+
+    def error(self, text: str) -> VideoError:
+        return VideoError(f"{self.name}: {text}")
+
+    @contextmanager
+    def explained(self):
+        """Turns whatever a damaged file makes the libraries raise into a VideoError of one line."""
+        try:
+            yield
+        except VideoError:
+            raise
+        except DAMAGE as error:
+            raise self.error(_reason(error)) from error
+
+    def start_clock(self) -> None:
+        self.began, self.decoded = time.monotonic(), 0
+
+    def tick(self) -> None:
+        """Called for every packet and frame; raises when one of the limits is reached."""
+        if time.monotonic() - self.began > self.limits.seconds:
+            raise self.error(f"took longer than {self.limits.seconds:g} s: shorten it or raise limits.seconds")
+        if self.decoded > self.limits.frames:
+            raise self.error(f"takes more than {self.limits.frames} frames: ask for less or raise limits.frames")
+
+    def _check_source(self) -> None:
+        if not isinstance(self.source, (str, os.PathLike)):
+            return
+        path = os.fspath(self.source)
+        if "\0" in path or not os.path.exists(path):
+            remote = "://" in path or path.startswith(REMOTE)
+            raise self.error("is not a local file: fetch it first" if remote else "does not exist: check the path")
+        if not os.path.isfile(path):
+            raise self.error("is not a regular file: name one file (a folder of clips is read by VideoFolder)")
+        if os.path.getsize(path) == 0:
+            raise self.error("is empty: leave it out")
+
+    def _head(self) -> bytes:
+        if isinstance(self.source, bytes):
+            return self.source[:16]
+        if isinstance(self.source, (str, os.PathLike)):
+            with open(self.source, "rb") as file:
+                return file.read(16)
+        self.source.seek(0)
+        return self.source.read(16)
+
+    def opened(self) -> InputContainer:
+        """The file as a container that can open nothing else."""
+        options = {"format_whitelist": FORMATS, "max_pixels": str(self.limits.pixels)}
+        if isinstance(self.source, (str, os.PathLike)):
+            file, options["protocol_whitelist"] = "file:" + os.path.abspath(self.source), "file"
+        else:
+            file, options["protocol_whitelist"] = (
+                io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source,
+                "none",
+            )
+            file.seek(0)
+        return av.open(file, options=options, metadata_errors="ignore")
+
+
+class Decoder(MediaFile):
+    """One open file and its frames; the arguments are those of `MediaFile`.
 
     first: its first frame. still: whether that is all, a picture without duration. rate: frames a second as the
     timestamps say. zero: the container's time of the first frame. broken: why decoding stopped before the end, once it
@@ -87,13 +153,12 @@ class Decoder:
     """
 
     def __init__(self, source: Source, limits: Limits) -> None:
-        self.source, self.limits, self.name = source, limits, named(source)
+        super().__init__(source, limits)
         self.container: InputContainer | None = None
         self.zero: float | None = None
         self.rate = Fraction(25)
         self.broken: str | None = None
         self._kept: list[Timed] | None = None
-        self.start_clock()
         with self.explained():
             self._check_source()
             self.image = is_image(self._head())
@@ -176,68 +241,11 @@ class Decoder:
 
     # opening
 
-    def error(self, text: str) -> VideoError:
-        return VideoError(f"{self.name}: {text}")
-
-    @contextmanager
-    def explained(self):
-        """Turns whatever a damaged file makes the libraries raise into a VideoError of one line."""
-        try:
-            yield
-        except VideoError:
-            raise
-        except DAMAGE as error:
-            raise self.error(_reason(error)) from error
-
-    def start_clock(self) -> None:
-        self.began, self.decoded = time.monotonic(), 0
-
-    def tick(self) -> None:
-        """Called for every packet and frame; raises when one of the limits is reached."""
-        if time.monotonic() - self.began > self.limits.seconds:
-            raise self.error(f"took longer than {self.limits.seconds:g} s: shorten it or raise limits.seconds")
-        if self.decoded > self.limits.frames:
-            raise self.error(f"takes more than {self.limits.frames} frames: ask for less or raise limits.frames")
-
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self.limits.pixels:
             raise self.error(
                 f"is {width} x {height}, more than {self.limits.pixels} pixels: scale it or raise limits.pixels"
             )
-
-    def _check_source(self) -> None:
-        if not isinstance(self.source, (str, os.PathLike)):
-            return
-        path = os.fspath(self.source)
-        if "\0" in path or not os.path.exists(path):
-            remote = "://" in path or path.startswith(REMOTE)
-            raise self.error("is not a local file: fetch it first" if remote else "does not exist: check the path")
-        if not os.path.isfile(path):
-            raise self.error("is not a regular file: name one file (a folder of clips is read by VideoFolder)")
-        if os.path.getsize(path) == 0:
-            raise self.error("is empty: leave it out")
-
-    def _head(self) -> bytes:
-        if isinstance(self.source, bytes):
-            return self.source[:16]
-        if isinstance(self.source, (str, os.PathLike)):
-            with open(self.source, "rb") as file:
-                return file.read(16)
-        self.source.seek(0)
-        return self.source.read(16)
-
-    def opened(self) -> InputContainer:
-        """The file as a container that can open nothing else."""
-        options = {"format_whitelist": FORMATS, "max_pixels": str(self.limits.pixels)}
-        if isinstance(self.source, (str, os.PathLike)):
-            file, options["protocol_whitelist"] = "file:" + os.path.abspath(self.source), "file"
-        else:
-            file, options["protocol_whitelist"] = (
-                io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source,
-                "none",
-            )
-            file.seek(0)
-        return av.open(file, options=options, metadata_errors="ignore")
 
     def _restarted(self, seek_to: float | None = None) -> Iterator[Timed]:
         """Opens the file (anew) and reads from its start, or from a key frame before `seek_to`."""

@@ -8,13 +8,14 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import permutations
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,12 +24,14 @@ from reelm.data.clip import Clip
 from reelm.data.controls import with_controls
 from reelm.data.decoding import Source
 from reelm.data.reading import VideoError, VideoReader
+from reelm.data.sounds import SoundReader
 
 SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".mpg", ".mpeg", ".ts", ".m2ts", ".3gp", ".ogv",
     ".wmv", ".gif",
 )  # fmt: skip
 PATHS, TEXTS = ("path", "video", "videos", "file_name"), ("caption", "text", "prompt")
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".mka")
 TRIES = 100  # bad files in a row before a dataset counts as unreadable
 TEXT_BYTES = 65_536  # of a caption file; the rest is not read
 
@@ -93,6 +96,8 @@ class Videos(Dataset[Clip], ABC):
     in a warning once and in `failures` (name: reason) of the process that read it.
     """
 
+    suffixes = SUFFIXES  # of the files that are looked for
+
     def __init__(
         self,
         keys: Sequence[str],
@@ -128,7 +133,7 @@ class Videos(Dataset[Clip], ABC):
         self._readers: dict[int, VideoReader] = {}
         self.videos = self._split(split, held_out)
         self.failures: dict[str, str] = {}
-        self._bad: set[tuple[int, int, int]] = set()
+        self._bad: set[tuple[int, ...]] = set()
 
     @abstractmethod
     def _source(self, number: int) -> AbstractContextManager[Source]:
@@ -144,7 +149,7 @@ class Videos(Dataset[Clip], ABC):
             raise ValueError(f"split={split!r} is unknown: use 'train', 'validation' or 'all'")
         everything = list(range(len(self.keys)))
         if not everything:
-            raise ValueError(f"{self.where}: no videos there ({', '.join(SUFFIXES)}); check the path")
+            raise ValueError(f"{self.where}: no videos there ({', '.join(self.suffixes)}); check the path")
         if split == "all":
             return everything
         if isinstance(held_out, (int, float)):
@@ -177,17 +182,30 @@ class Videos(Dataset[Clip], ABC):
     def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
         """A clip, or its replacement where its video cannot be read; VideoError when nothing can."""
         frames = frames or self.frames
+        return self._or_another(index, (frames, draw), lambda clip: self.read(clip, frames, controls, draw))
+
+    def sound(self, index: int, rate: int = 16_000, frames: int | None = None, draw: int = 0) -> Clip:
+        """Stereo sound alone, as long as a clip, at `rate` samples a second; the video has no pixels.
+
+        A file need not hold pictures. A file without sound is replaced as in `get`; where a track ends, silence
+        follows.
+        """
+        frames = frames or self.frames
+        return self._or_another(index, (frames, draw, rate), lambda clip: self._read_sound(clip, rate, frames, draw))
+
+    def _or_another(self, index: int, what: tuple[int, ...], read: Callable[[int], Clip]) -> Clip:
+        """What `read` makes of an item, or of the next one that it can read."""
         first, part = divmod(index, self.clips_per_video)
         self._place(index)
         tries = min(len(self.videos), TRIES)
         for offset in range(tries):
             candidate = (first + offset) % len(self.videos) * self.clips_per_video + part
-            if (candidate, frames, draw) in self._bad:
+            if (candidate, *what) in self._bad:
                 continue
             try:
-                return self.read(candidate, frames, controls, draw)
+                return read(candidate)
             except VideoError as error:
-                self._bad.add((candidate, frames, draw))
+                self._bad.add((candidate, *what))
                 self._name(candidate, str(error))
         some = next(iter(self.failures.values()))
         raise VideoError(f"{self.where}: {tries} videos in a row cannot be read, the first because {some}")
@@ -250,13 +268,36 @@ class Videos(Dataset[Clip], ABC):
                 with reader:
                     yield reader
 
+    def _read_sound(self, index: int, rate: int, frames: int, draw: int) -> Clip:
+        number, part = self._place(index)
+        shift, _, _, flip, _ = np.random.default_rng((self.seed, index, draw)).random(5).tolist()
+        rate_of_frames = self.fps or STORED_RATE
+        seconds = frames / rate_of_frames
+        with self._source(number) as source, SoundReader(source) as reader:
+            if part or "start" in self.random:
+                start = self._spread(reader.duration() - seconds, part, shift)
+            else:
+                start = 0.0
+            wave = reader.read(start, seconds, rate)
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return Clip(
+            video=torch.empty(1, 3, frames, *size, device="meta"),
+            fps=rate_of_frames,
+            audio=wave.flip(1) if "flip" in self.random and flip < 0.5 else wave,
+            audio_rate=rate,
+            captions=(self._text(number),),
+            keys=(self.keys[number],),
+        )
+
     def _start(self, reader: VideoReader, frames: int, part: int, shift: float) -> float:
-        drawn = "start" in self.random
-        if part == 0 and not drawn:
+        if part == 0 and "start" not in self.random:
             return 0.0
         info = reader.info
         latest = info.duration - (frames - 1) / (self.fps or info.fps or 1.0) - 1.5 / (info.fps or 1.0)
-        parts = self.clips_per_video
+        return self._spread(latest, part, shift)
+
+    def _spread(self, latest: float, part: int, shift: float) -> float:
+        drawn, parts = "start" in self.random, self.clips_per_video
         return max(0.0, latest) * ((part + shift) / parts if drawn else part / (parts - 1))
 
 
@@ -296,7 +337,7 @@ class VideoFolder(Videos):
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder of videos; check the path")
-        suffixes = SUFFIXES + (images.SUFFIXES if frames == 1 else ())
+        suffixes = self.suffixes + (images.SUFFIXES if frames == 1 else ())
         found = []
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -317,6 +358,12 @@ class VideoFolder(Videos):
 
     def _text(self, number: int) -> str:
         return _beside(os.fspath(self.root / self.keys[number]))
+
+
+class SoundFolder(VideoFolder):
+    """As `VideoFolder`, but files of sound alone count too; for what asks for `sound`."""
+
+    suffixes = SUFFIXES + SOUND_SUFFIXES
 
 
 class Manifest(Videos):

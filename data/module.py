@@ -26,6 +26,12 @@ class ClipSource(Protocol):
         draw: number of the pass over the data. A source that leaves part of a clip to chance draws anew in each.
         """
 
+    def sound(self, index: int, rate: int, frames: int | None = None, draw: int = 0) -> Clip:
+        """The clip's stereo sound at `rate` samples a second; its video is a shape without pixels, which cost nothing.
+
+        A source without sound need not have this.
+        """
+
     def caption(self, index: int, frames: int | None = None) -> str:
         """The caption that `get` would return, without decoding or rendering."""
 
@@ -36,6 +42,7 @@ class Group:
 
     weight: how often a step is of this group, relative to the others; `schedule(progress)`, where given, overrides it
         with a number for each point of the training, progress running from 0 to 1.
+    sound: asks for the sound of the clips alone, at this many samples a second.
     batch: batch size relative to the module's (an image group can take several times as many).
     """
 
@@ -44,6 +51,7 @@ class Group:
     frames: int | None = None
     controls: tuple[str, ...] = ()
     batch: float = 1.0
+    sound: int | None = None
     schedule: Callable[[float], float] | None = None
 
     def share(self, progress: float) -> float:
@@ -78,6 +86,9 @@ class Requested(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[str, Clip]:
         group = request.group
+        if group.sound is not None:
+            clip = self.source.sound(request.index, group.sound, frames=group.frames, draw=request.draw)
+            return group.name, clip
         clip = self.source.get(request.index, frames=group.frames, controls=group.controls, draw=request.draw)
         return group.name, clip
 

@@ -18,6 +18,7 @@ from reelm.data.clip import Clip
 from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
 from reelm.data.reading import VideoReader
 from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
+from reelm.engine import sound_comparison
 from reelm.engine.generation import whole_length
 from reelm.engine.outside import weights_digest
 from reelm.engine.store import fingerprint
@@ -38,8 +39,9 @@ class Comparison:
 
     video: a clip or picture. model: a model of the box, its folder, or a tokenizer's, also from outside. output: the
     clip to write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps:
-    None for every frame of the video. frames: at most. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of
-    CODECS. trust: model may be TorchScript programs (`engine/torchscript.py`).
+    None for every frame of the video. frames: at most. audio: an audio tokenizer, named as model is, or None to leave
+    the sound out. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS. trust: model may be TorchScript
+    programs (`engine/torchscript.py`).
     """
 
     video: str | None
@@ -49,6 +51,7 @@ class Comparison:
     fps: float | None = None
     frames: int = 65
     start: float = 0.0
+    audio: str | None = None
     lpips: str | None = None
     lpips_linear: str | None = None
     codecs: tuple[str, ...] = ("h264", "vp9")
@@ -114,8 +117,9 @@ def own_size(video: Tensor, step: tuple[int, int], note: Note) -> Tensor:
     return video[..., top : top + height, left : left + width].contiguous()
 
 
-def read(wanted: Comparison, compression: tuple[int, int, int], note: Note) -> Clip:
-    """The clip that a tokenizer of this compression can take, as near as possible to what the file holds."""
+def read(wanted: Comparison, compression: tuple[int, int, int], note: Note, audio_rate: int | None = None) -> Clip:
+    """The clip that a tokenizer of this compression can take, as near as possible to what the file holds; with its
+    sound where a rate is given."""
     time, *step = compression
     frames = whole_length(int(wanted.frames), time, note)
     with VideoReader(wanted.video) as reader:
@@ -129,7 +133,8 @@ def read(wanted: Comparison, compression: tuple[int, int, int], note: Note) -> C
                 scale = math.sqrt(MOST_PIXELS / (height * width))
                 size = tuple(multiple(side * scale, part) for side, part in zip((height, width), step))
                 note(f"{width:.0f} x {height} is large: made {size[1]} x {size[0]}; size=[height,width] gives another")
-        clip = reader.read(fps=wanted.fps, frames=frames, size=size, start=wanted.start, short="shorter")
+        sound = {} if audio_rate is None else {"audio": True, "audio_rate": audio_rate}
+        clip = reader.read(fps=wanted.fps, frames=frames, size=size, start=wanted.start, short="shorter", **sound)
     if size is None:
         clip = clip.replace(video=own_size(clip.video, tuple(step), note))
     length = (clip.frames - 1) // time * time + 1
@@ -221,17 +226,25 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
     wanted.check()
     paths = wanted.outputs()
     tokenizer, folder = load_tokenizer(wanted.model, wanted.trust)
+    audio = sound_comparison.load_audio_tokenizer(wanted.audio) if wanted.audio else None
     lpips = load_lpips(wanted.lpips, wanted.lpips_linear) if wanted.lpips else None
-    clip = read(wanted, tokenizer.compression, note)
+    clip = read(wanted, tokenizer.compression, note, None if audio is None else audio.rate)
     results = compare(clip, tokenizer, wanted.codecs, lpips, note)
     length = f"{clip.frames} frames" if clip.frames > 1 else "1 frame"
     print(f"{wanted.video}: {length} of {clip.size[1]} x {clip.size[0]} at {clip.fps:g} a second")
     print(table(results))
+    heard, figures = {}, None
+    if audio is not None and clip.audio is None:
+        note(f"{wanted.video} has no sound")
+    elif audio is not None:
+        sound, figures = sound_comparison.reconstruct(clip, audio)
+        heard = {"audio": sound, "audio_rate": audio.rate}
+        print(sound_comparison.line(figures))
 
     videos = torch.cat([clip.video, *(result.video for result in results)])
     names = ["original", *(result.name for result in results)]
     # nearly without loss, so that what is seen is not this file's own
-    write_video(paths[0], Clip(side_by_side(videos, names), clip.fps), quality=8)
+    write_video(paths[0], Clip(side_by_side(videos, names), clip.fps, **heard), quality=8)
     labels = ["original", *(label(result) for result in results)]
     write_contact_sheet(paths[1], videos, columns=6, labels=labels, scale=max(1, 192 // max(clip.size)))
     record = {
@@ -241,6 +254,7 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
         # the fingerprint tells which tokens, the weights also which decoder
         "tokenizer": {"fingerprint": fingerprint(tokenizer), "weights": weights_digest(folder)},
         "tolerance": TOLERANCE,
+        "sound": figures,
         "results": {result.name: result.figures for result in results},
         "config": config,
     }

@@ -129,7 +129,7 @@ class Optimisation:
         """
         if total_steps < 1 and self.schedule != "constant":
             raise ValueError(f"the schedule {self.schedule} needs an end; set trainer.max_steps, or schedule=constant")
-        kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         inside = inner.modules() if self.muon and inner is not None else ()
         matrices = [m.weight for m in inside if isinstance(m, kinds) and m.weight.requires_grad]
         chosen = {id(p) for p in matrices} | {id(p) for group in apart for p in group["params"]}

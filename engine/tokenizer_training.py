@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -15,17 +13,12 @@ from reelm.data.module import Batch
 from reelm.data.tokens import TokenShards
 from reelm.engine import store
 from reelm.engine.optimisation import Optimisation
-from reelm.evaluation.reconstruction import code_usage, psnr
+from reelm.engine.reconstruction_training import ERRORS, ReconstructionTraining
+from reelm.evaluation.reconstruction import psnr
 from reelm.tokenizers.discriminator import Adversary
 
-ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "l2": lambda error: error.square().mean(),
-    "l1": lambda error: error.abs().mean(),
-    "psnr": lambda error: error.square().flatten(1).mean(1).clamp_min(1e-8).log().mean(),
-}
 
-
-class TokenizerTraining(L.LightningModule):
+class TokenizerTraining(ReconstructionTraining):
     """Reconstruction, commitment and entropy terms (MAGVIT-v2, appendix A.2), and a perceptual term and an adversary
     where they are given.
 
@@ -43,6 +36,7 @@ class TokenizerTraining(L.LightningModule):
     """
 
     metric = "val/psnr"  # what a sweep optimises
+    folder, signal, rival = "tokenizer", "video", Adversary
 
     def __init__(
         self,
@@ -61,9 +55,8 @@ class TokenizerTraining(L.LightningModule):
         frames: int | None = None,
         part: Literal["all", "decoder"] = "all",
     ) -> None:
-        super().__init__()
-        self.tokenizer, self.perceptual, self.adversary = tokenizer, perceptual, adversary
-        self.optimisation = optimisation
+        super().__init__(tokenizer, optimisation, adversary, reconstruction)
+        self.perceptual = perceptual
         self.weights = {
             "reconstruction": reconstruction_weight,
             "commitment": commitment_weight,
@@ -73,13 +66,11 @@ class TokenizerTraining(L.LightningModule):
             "perceptual": perceptual_weight,
         }
         self.entropy_boost, self.entropy_steps = entropy_boost, entropy_steps
-        if reconstruction not in ERRORS:
-            raise ValueError(f"reconstruction is one of {', '.join(ERRORS)}; got {reconstruction}")
         if part not in ("all", "decoder"):
             raise ValueError(f"part is all or decoder; got {part}")
         if entropy_steps < 1:
             raise ValueError(f"entropy_steps={entropy_steps} must be 1 or more; entropy_boost=0 turns the boost off")
-        self.reconstruction, self.frames, self.part = reconstruction, frames, part
+        self.frames, self.part = frames, part
         self._begun = part == "all"  # a decoder of a random encoder would be of no use
         if part == "decoder":
             if "decoder" not in getattr(tokenizer, "decoding_only", ()):
@@ -88,12 +79,10 @@ class TokenizerTraining(L.LightningModule):
                 )
             tokenizer.eval().requires_grad_(False)  # eval: the codes of a vector quantizer follow what they stand for
             tokenizer.decoder.train().requires_grad_(True)
-        self._seen: list[Tensor] = []
 
     def start_from(self, folder: str | Path) -> None:
-        """Begins with the weights of an exported model, which may be smaller than this one."""
-        found = store.part_of(folder, "tokenizer")
-        store.grow(self.tokenizer, folder, "tokenizer")
+        super().start_from(folder)
+        found = store.part_of(folder, self.folder)
         if self.part == "decoder" and store.fingerprint(self.tokenizer) != store.fingerprint(store.load(found)):
             raise ValueError(
                 f"stage.part=decoder keeps the tokens, but {found} has another encoder or quantizer than is set here; "
@@ -131,9 +120,7 @@ class TokenizerTraining(L.LightningModule):
         loss = sum(
             self.weights[name] * value * (boost if name.endswith("_entropy") else 1) for name, value in terms.items()
         )
-        if self.adversary is not None:
-            total, named = self.adversary(reconstruction, video)
-            loss, terms = loss + total, terms | named
+        loss = self.with_adversary(loss, terms, reconstruction, video)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(video))
         self.log("train/loss", loss.detach(), batch_size=len(video))
         self.log("train/psnr", psnr(reconstruction.detach(), video).mean(), prog_bar=True, batch_size=len(video))
@@ -151,8 +138,7 @@ class TokenizerTraining(L.LightningModule):
             self._samples = torch.stack([video[:4], reconstruction[:4].float().clamp(-1, 1)], 1).flatten(0, 1)
 
     def on_validation_epoch_end(self) -> None:
-        tokens = torch.cat(self._seen)
-        self._seen.clear()
+        tokens = self.seen()
         if self.tokenizer.vocabulary is None:
             self.log("val/latent_std", tokens.std(), sync_dist=True)  # 1 where the running statistics have followed
             return
@@ -161,35 +147,11 @@ class TokenizerTraining(L.LightningModule):
                 f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
                 "idle; lower the learning rate or, with lookup-free quantization, raise entropy_weight"
             )
-        usage = code_usage(tokens, self.tokenizer.vocabulary)
-        self.log("val/codes_used", float(usage["codes_used"]), sync_dist=True)
-        self.log("val/perplexity", usage["perplexity"], sync_dist=True)
+        self.log_usage(tokens)
 
     def samples(self) -> tuple[Tensor, list[str], float] | None:
         """Clips and reconstructions in turn, with labels, and the frame rate."""
         return self._samples, ["clip", "reconstruction"] * (len(self._samples) // 2), self._rate
-
-    def export(self, folder: Path, step: int) -> None:
-        store.save(self.tokenizer, folder, notes={"step": step})
-
-    def configure_optimizers(self) -> dict:
-        apart = []
-        if self.adversary is not None:  # betas: MAGVIT-v2, appendix A.2
-            apart = [{"params": list(self.adversary.parameters()), "lr": self.adversary.lr, "betas": (0.0, 0.99)}]
-        return self.optimisation.configure(self, self.trainer.max_steps, inner=self.tokenizer, apart=apart)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: Any = None,
-    ) -> None:
-        """Each player's gradients by themselves, so that neither's norm scales the other's."""
-        if self.adversary is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        for player in (self.tokenizer, self.adversary):
-            nn.utils.clip_grad_norm_(player.parameters(), gradient_clip_val)
 
 
 def idle_bits(ids: Tensor, vocabulary: int, share: float = 0.01) -> list[int]:

@@ -14,9 +14,10 @@ from reelm.data.writing import side_by_side, write_video
 from reelm.engine import comparison, store
 from reelm.engine.comparison import Comparison, compare, load_lpips, load_tokenizer, own_size, read, run, table
 from reelm.lm.transformer import Transformer
+from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.magvit2 import MAGVIT2
 from reelm.tokenizers.perceptual import alexnet
-from reelm.tokenizers.quantizers import FSQ
+from reelm.tokenizers.quantizers import FSQ, ResidualVQ
 from reelm.tokenizers.tokenizer import VideoTokenizer
 
 STEP = (4, 8, 8)
@@ -110,6 +111,31 @@ def test_a_tokenizer_without_loss_is_seen_to_have_none(material):
     assert not results[1].figures["same_bits"]  # noise in 320 bits
     assert said[0].startswith("h264 cannot go below ")
     assert "lpips" not in table(results).lower()
+
+
+def test_a_clip_is_heard_as_its_tokens_tell_it(tokenizer, tmp_path, capsys):
+    torch.manual_seed(0)
+    audio = SoundStream(ResidualVQ(16, 4, 2), (8, 8), (5,), rate=8000, patch=8, dilations=(1,))
+    audio(torch.rand(1, 2, 4000) - 0.5)  # the first codes
+    store.save(audio.eval(), tmp_path / "audio")
+    clip = Clip(torch.zeros(1, 3, 9, 32, 32), 8.0, audio=torch.rand(1, 2, 18_000) - 0.5, audio_rate=16_000)
+    clip, mute = write_video(tmp_path / "a.mp4", clip), write_video(tmp_path / "b.mp4", clip.replace(audio=None))
+    wanted = {
+        "model": str(tokenizer),
+        "codecs": (),
+        "audio": str(tmp_path / "audio"),
+        "output": str(tmp_path / "c.mp4"),
+    }
+    run(Comparison(str(clip), **wanted), {})
+    said = capsys.readouterr()
+    assert f"{225 * 2} tokens, 1,600 bits a second" in said.out and "sound: SNR" in said.out
+    sound = json.loads((tmp_path / "c.json").read_text())["sound"]
+    assert sound["fingerprint"] == store.fingerprint(audio) and sound["tokens"] == 450 and len(sound["codes_used"]) == 2
+    assert probe(tmp_path / "c.mp4").has_audio
+    run(Comparison(str(mute), **wanted), {})
+    assert "b.mp4 has no sound" in capsys.readouterr().err and not probe(tmp_path / "c.mp4").has_audio
+    with pytest.raises(ValueError, match="holds a MAGVIT2, which is no audio tokenizer"):
+        run(Comparison(str(mute), **wanted | {"audio": str(tokenizer)}), {})
 
 
 def test_a_photo_is_a_clip_of_one_frame(tokenizer, material, tmp_path):

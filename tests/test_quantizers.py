@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from vector_quantize_pytorch import LFQ as LibraryLFQ
 
-from reelm.tokenizers.quantizers import FSQ, LFQ, VQ, binary_entropy, lfq_entropy
+from reelm.tokenizers.quantizers import FSQ, LFQ, VQ, ResidualVQ, binary_entropy, lfq_entropy
 
 
 def brute_force(z, temperature):
@@ -210,3 +210,60 @@ def test_vq_mistakes():
         VQ(levels=7)
     with pytest.raises(ValueError, match="cosine=false"):
         VQ(levels=2, cosine=True)
+
+
+def levels_of(quantizer: ResidualVQ, z: torch.Tensor, kept: int) -> float:
+    ids = quantizer(z)[1]
+    return (quantizer.lookup(ids[..., :kept]) - z).square().mean().item()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9), (2, 4, 2, 3, 5)])
+def test_residual_ids_have_the_levels_last(shape):
+    torch.manual_seed(0)
+    quantizer = ResidualVQ(8, 4, 3)
+    for _ in range(30):
+        quantizer(torch.randn(shape))
+    z = torch.randn(shape)
+    quantized, ids, losses = quantizer.eval()(z)
+    assert ids.shape == (shape[0], *shape[2:], 3) and not losses and ids.max() < quantizer.vocabulary == 8
+    torch.testing.assert_close(quantizer.lookup(ids), quantized)
+    errors = [levels_of(quantizer, z, kept) for kept in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_one_id_and_ids_a_level_are_the_same_codes():
+    torch.manual_seed(0)
+    numbered, apart = trained(codes=8, levels=3).eval(), ResidualVQ(8, 4, 3).eval()
+    apart.load_state_dict(numbered.state_dict())
+    z = torch.randn(2, 4, 3, 3, 3)
+    ids = apart(z)[1]
+    assert torch.equal(numbered(z)[1], ids[..., 0] * 64 + ids[..., 1] * 8 + ids[..., 2])
+    assert torch.equal(apart.lookup(ids), numbered.lookup(numbered(z)[1]))
+
+
+def test_dropped_levels_make_no_ids_and_bypassed_items_pass():
+    torch.manual_seed(0)
+    quantizer = ResidualVQ(8, 4, 3, dropout=True)
+    kept = set()
+    for _ in range(30):
+        ids = quantizer(torch.randn(4, 4, 50))[1]
+        assert ids.min() >= 0
+        kept.add(int((ids.flatten(0, 1).amax(0) > 0).sum()))
+    assert kept == {1, 2, 3}
+    z = torch.randn(64, 4, 5, requires_grad=True)
+    quantizer = ResidualVQ(8, 4, 2, bypass=0.5)
+    made = quantizer(z)[0]
+    passed = (made == z).flatten(1).all(1)
+    assert 16 < passed.sum() < 48
+    made.sum().backward()
+    assert torch.equal(z.grad, torch.ones_like(z))
+    assert not (quantizer.eval()(z)[0] == z).flatten(1).all(1).any()
+
+
+def test_residual_mistakes():
+    with pytest.raises(ValueError, match="bypass is a share"):
+        ResidualVQ(bypass=1.0)
+    with pytest.raises(ValueError, match="ids of 5 levels; this quantizer has 4"):
+        ResidualVQ(8, 4).lookup(torch.zeros(1, 2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="0 levels of 8 codes"):
+        ResidualVQ(8, 4, 0)

@@ -139,6 +139,7 @@ class Adversary(nn.Module):
         lr: learning rate of the discriminator at its peak.
     """
 
+    betas = (0.0, 0.99)  # of AdamW for the discriminator (MAGVIT-v2, appendix A.2)
     real_mean: Tensor
     fake_mean: Tensor
     steps: Tensor

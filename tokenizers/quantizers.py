@@ -113,21 +113,74 @@ class FSQ(nn.Module):
         return (level.movedim(1, -1) * places).sum(-1)
 
 
-class VQ(nn.Module):
-    """Vector quantization with codes that follow the running mean of what they stand for (VQ-VAE, arXiv:1711.00937,
-    appendix A.1), in one level or, residually, in several (SoundStream, arXiv:2107.03312, section III.C).
+class ResidualVQ(nn.Module):
+    """Vector quantization in levels, each of what those before it left over (SoundStream, arXiv:2107.03312, section
+    III.C), with codes that follow the running mean of what they stand for (VQ-VAE, arXiv:1711.00937, appendix A.1).
 
-    An id numbers the codes of all levels, the first level highest, so that heads with sub-tokens can predict one level
-    after the other.
+    Ids have the levels as their last axis, `(B, T, ..., levels)`. `lookup` also takes the first levels alone.
 
     Args:
         codes: number of codes of a level.
         dim: latent channels.
-        levels: each quantizes what those before it left over.
+        levels: how many.
         decay: of the running means.
-        cosine: codes and latents are compared on the unit sphere (arXiv:2110.04627, section 3.2); one level only.
         dead: a code that stands for fewer latents than this, in the running mean, is replaced by a latent.
+        dropout: each training batch is quantized in a random number of the levels, so that what the first ones say can
+            stand alone; the ids of the others are then 0.
+        bypass: share of the items of a training batch that pass as they are, so that the networks around learn from
+            their true latents too (Mimi, arXiv:2410.00037, section 3.3.2).
+        cosine: codes and latents are compared on the unit sphere (arXiv:2110.04627, section 3.2); one level only.
     """
+
+    def __init__(
+        self,
+        codes: int = 1024,
+        dim: int = 64,
+        levels: int = 4,
+        decay: float = 0.99,
+        dead: float = 0.1,
+        dropout: bool = False,
+        bypass: float = 0.0,
+        cosine: bool = False,
+    ) -> None:
+        super().__init__()
+        if codes < 2 or levels < 1:
+            raise ValueError(f"{levels} levels of {codes} codes hold nothing; take 2 codes and 1 level or more")
+        if cosine and levels > 1:
+            raise ValueError(f"what a level leaves over has a length; levels={levels} asks for cosine=false")
+        self.codes, self.dim, self.inputs, self.levels = codes, dim, dim, levels
+        if not 0 <= bypass < 1:
+            raise ValueError(f"bypass is a share from 0 to less than 1; got {bypass}")
+        self.decay, self.dead, self.dropout, self.bypass, self.cosine = decay, dead, dropout, bypass, cosine
+        self.vocabulary = codes
+        self.vq = _ResidualVQ(
+            dim=dim, codebook_size=codes, num_quantizers=levels, decay=decay, use_cosine_sim=cosine,
+            threshold_ema_dead_code=dead, kmeans_init=True, rotation_trick=False, quantize_dropout=dropout,
+        )  # fmt: skip
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        shape = (z.shape[0], *z.shape[2:])
+        with torch.autocast(z.device.type, enabled=False):  # running means and distances are not for bfloat16
+            z = z.float()
+            quantized, ids, commitment = self.vq(z.movedim(1, -1).flatten(1, -2))
+        quantized = quantized.detach().unflatten(1, shape[1:]).movedim(-1, 1)
+        if self.training and self.bypass:
+            passed = torch.rand(len(z), *[1] * (z.ndim - 1), device=z.device) < self.bypass
+            quantized = torch.where(passed, z.detach(), quantized)
+        quantized = z + (quantized - z).detach()  # the library's own gradient counts once for each level
+        losses = {"commitment": commitment.sum()} if self.training else {}
+        return quantized, ids.long().clamp_min(0).unflatten(1, shape[1:]), losses  # it calls dropped ids -1
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        if not 1 <= ids.shape[-1] <= self.levels:
+            raise ValueError(f"ids of {ids.shape[-1]} levels; this quantizer has {self.levels}, the last axis of ids")
+        tables = self.vq.codebooks
+        return sum(tables[level][ids[..., level]] for level in range(ids.shape[-1])).movedim(-1, 1)
+
+
+class VQ(ResidualVQ):
+    """`ResidualVQ` whose id numbers the codes of all levels, the first level highest, so that heads with sub-tokens can
+    predict one level after the other; the arguments are its. One level is plain vector quantization."""
 
     def __init__(
         self,
@@ -138,33 +191,18 @@ class VQ(nn.Module):
         cosine: bool = False,
         dead: float = 0.1,
     ) -> None:
-        super().__init__()
-        if codes < 2 or levels < 1 or codes**levels >= 2**63:
-            raise ValueError(f"{levels} levels of {codes} codes cannot be numbered; take 2 codes and 1 level or more")
-        if cosine and levels > 1:
-            raise ValueError(f"what a level leaves over has a length; levels={levels} asks for cosine=false")
-        self.codes, self.dim, self.inputs, self.levels = codes, dim, dim, levels
-        self.decay, self.cosine, self.dead = decay, cosine, dead
+        if codes**levels >= 2**63:
+            raise ValueError(f"{levels} levels of {codes} codes cannot be numbered; take fewer")
+        super().__init__(codes, dim, levels, decay, dead, cosine=cosine)
         self.vocabulary = codes**levels
-        self.vq = _ResidualVQ(
-            dim=dim, codebook_size=codes, num_quantizers=levels, decay=decay, use_cosine_sim=cosine,
-            threshold_ema_dead_code=dead, kmeans_init=True, rotation_trick=False,
-        )  # fmt: skip
         self.register_buffer("places", codes ** torch.arange(levels - 1, -1, -1), persistent=False)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        shape = (z.shape[0], *z.shape[2:])
-        with torch.autocast(z.device.type, enabled=False):  # running means and distances are not for bfloat16
-            z = z.float()
-            quantized, ids, commitment = self.vq(z.movedim(1, -1).flatten(1, -2))
-        quantized = quantized.detach().unflatten(1, shape[1:]).movedim(-1, 1)
-        quantized = z + (quantized - z).detach()  # the library's own gradient counts once for each level
-        losses = {"commitment": commitment.sum()} if self.training else {}
-        return quantized, (ids.long() * self.places).sum(-1).reshape(shape), losses
+        quantized, ids, losses = super().forward(z)
+        return quantized, (ids * self.places).sum(-1), losses
 
     def lookup(self, ids: Tensor) -> Tensor:
-        levels = ids.flatten(1)[..., None] // self.places % self.codes
-        return self.vq.get_output_from_indices(levels).unflatten(1, ids.shape[1:]).movedim(-1, 1)
+        return super().lookup(ids[..., None] // self.places % self.codes)
 
 
 class Continuous(nn.Module):

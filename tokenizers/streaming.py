@@ -1,7 +1,6 @@
-"""Clips of any length, encoded and decoded piece by piece in constant memory.
+"""Clips and sounds of any length, encoded and decoded piece by piece in constant memory.
 
-The result is that of the whole clip: between pieces, only the frames that the causal convolutions will look back at are
-kept.
+The result is that of the whole: between pieces, only what the causal convolutions will look back at is kept.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from reelm.tokenizers.tokenizer import Tokenizer
 
 
 def _recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
@@ -25,24 +26,25 @@ def _recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
         yield waiting
 
 
-def encode_stream(tokenizer: nn.Module, video: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
-    """Tokens, piece by piece along their axis 1, of a clip that comes in pieces `(B, 3, T, H, W)` of any lengths.
+def encode_stream(tokenizer: Tokenizer, signal: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
+    """Tokens, piece by piece along their axis 1, of a clip or sound that comes in pieces of any lengths.
 
     Args:
-        tokenizer: a causal one (`MAGVIT2`). One that takes whole clips only gets the pieces joined.
-        video: pieces in [-1, 1]; together `1 + k * compression` frames, else the last piece raises ValueError.
-        latent_frames: how many latent frames are made at a time.
+        tokenizer: a causal one (`MAGVIT2`, `SoundStream`). One that takes whole clips only gets the pieces joined.
+        signal: pieces `(B, 3, T, H, W)` or `(B, C, N)` in [-1, 1]; together as long as the tokenizer takes, else the
+            last piece raises ValueError.
+        latent_frames: how many latents in time are made at once.
     """
     if not tokenizer.streams:
-        yield tokenizer.encode(torch.cat(list(video), 2))
+        yield tokenizer.encode(torch.cat(list(signal), 2))
         return
-    step, past = tokenizer.compression[0], {}
-    for piece in _recut(video, 1 + (latent_frames - 1) * step, latent_frames * step):
+    first, step, past = tokenizer.length(latent_frames, True), tokenizer.length(latent_frames, False), {}
+    for piece in _recut(signal, first, step):
         yield tokenizer.encode(piece, past)
 
 
-def decode_stream(tokenizer: nn.Module, tokens: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
-    """Pixels `(B, 3, T, H, W)` in [-1, 1], piece by piece, of tokens that come in pieces of any lengths."""
+def decode_stream(tokenizer: Tokenizer, tokens: Iterable[Tensor], latent_frames: int = 4) -> Iterator[Tensor]:
+    """The clip or sound in [-1, 1], piece by piece, of tokens that come in pieces of any lengths along their axis 1."""
     if not tokenizer.streams:
         yield tokenizer.decode(torch.cat(list(tokens), 1))
         return

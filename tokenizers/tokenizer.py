@@ -1,4 +1,4 @@
-"""What all video tokenizers have in common."""
+"""What all tokenizers of video and of sound have in common."""
 
 from __future__ import annotations
 
@@ -27,36 +27,75 @@ def in_half_precision(latents: Tensor) -> Tensor:
     return half.to(latents.dtype)
 
 
-class VideoTokenizer(nn.Module):
-    """A causal network between pixels and latents, and a quantizer between latents and tokens.
+class Tokenizer(nn.Module):
+    """A causal network between a signal, whose axis 2 is time, and latents, and a quantizer between latents and tokens.
 
-    Tokens are ids `(B, t, h, w)` int64 or, where `vocabulary` is None, latents `(B, t, h, w, D)` float32.
+    Tokens are ids int64 or, where `vocabulary` is None, latents float32.
 
-    Frame 0 is a latent frame of its own, and each `compression[0]` frames after it are one more, so `1 + t * k` frames
-    make `1 + k`. A stream is a clip given in pieces, the first of `1 + t * k` frames and the others of `t * k`
-    (`streaming.py` cuts them); `past` is what it remembers: an empty dictionary with the first piece and the same one
-    with all others.
+    A stream is a signal given in pieces that are each made of whole latents (`streaming.py` cuts them); `past` is what
+    it remembers: an empty dictionary with the first piece and the same one with all others.
 
-    Subclasses set `quantizer` and `compression` (pixel frames, rows and columns of a latent) and give `encode_latents`
-    and `decode_latents`.
+    Subclasses set `quantizer` and `compression` and give `length`, `encode_latents` and `decode_latents`.
     """
 
     quantizer: nn.Module
-    compression: Triple
-    streams = True  # False: takes whole clips only; a stream is then joined before it is encoded or decoded
+    streams = True  # False: takes whole signals only; a stream is then joined before it is encoded or decoded
 
-    def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` in [-1, 1] to latents before quantization `(B, quantizer.inputs, t, h, w)`."""
+    def length(self, latents: int, begins: bool) -> int:
+        """How much of a signal makes that many latents in time, where it begins or later."""
+        raise NotImplementedError
+
+    def encode_latents(self, signal: Tensor, past: Past | None = None) -> Tensor:
+        """A signal in [-1, 1] to latents before quantization."""
         raise NotImplementedError
 
     def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        """Quantized latents `(B, D, t, h, w)` to pixels, not clipped."""
+        """Quantized latents to the signal, not clipped."""
         raise NotImplementedError
 
     @property
     def vocabulary(self) -> int | None:
         """Number of codes; None where tokens are continuous."""
         return self.quantizer.vocabulary
+
+    @torch.no_grad()
+    def encode(self, signal: Tensor, past: Past | None = None) -> Tensor:
+        """A signal in [-1, 1] to tokens."""
+        self._whole(past)
+        return self.quantizer(self.encode_latents(signal, past))[1]
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+        """Tokens to a signal in [-1, 1]."""
+        self._whole(past)
+        return self.decode_latents(self.quantizer.lookup(tokens), past).float().clamp(-1, 1)
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstruction (not clipped), tokens, and the quantizer's loss terms."""
+        quantized, tokens, losses = self.quantizer(self.encode_latents(signal))
+        return self.decode_latents(quantized), tokens, losses
+
+    def _whole(self, past: Past | None) -> None:
+        if past is not None and not self.streams:
+            raise ValueError(f"{type(self).__name__} takes whole clips, no pieces of a stream")
+
+    @property
+    def device(self) -> torch.device:
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
+
+class VideoTokenizer(Tokenizer):
+    """A tokenizer of videos `(B, 3, T, H, W)`, with latents `(B, quantizer.inputs, t, h, w)` and tokens `(B, t, h, w)`,
+    or `(B, t, h, w, D)` where they are continuous.
+
+    Frame 0 is a latent frame of its own, and each `compression[0]` frames after it are one more, so `1 + t * k` frames
+    make `1 + k`; `compression` are the frames, rows and columns of a latent.
+    """
+
+    compression: Triple
+
+    def length(self, latents: int, begins: bool) -> int:
+        return 1 + (latents - 1) * self.compression[0] if begins else latents * self.compression[0]
 
     def grid(self, frames: int, height: int, width: int) -> Triple:
         """Token grid of a clip; raises ValueError where the clip does not fit the compression."""
@@ -71,28 +110,3 @@ class VideoTokenizer(nn.Module):
     def check(self, video: Tensor, past: Past | None) -> None:
         """ValueError where a clip, or a piece of a stream, does not fit the compression."""
         self.grid(video.shape[2] + (1 if past else 0), *video.shape[3:])
-
-    def _whole(self, past: Past | None) -> None:
-        if past is not None and not self.streams:
-            raise ValueError(f"{type(self).__name__} takes whole clips, no pieces of a stream")
-
-    @property
-    def device(self) -> torch.device:
-        return next(itertools.chain(self.parameters(), self.buffers())).device
-
-    @torch.no_grad()
-    def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` to tokens."""
-        self._whole(past)
-        return self.quantizer(self.encode_latents(video, past))[1]
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, past: Past | None = None) -> Tensor:
-        """Tokens to pixels in [-1, 1]."""
-        self._whole(past)
-        return self.decode_latents(self.quantizer.lookup(tokens), past).float().clamp(-1, 1)
-
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstruction (not clipped), tokens, and the quantizer's loss terms."""
-        quantized, tokens, losses = self.quantizer(self.encode_latents(video))
-        return self.decode_latents(quantized), tokens, losses

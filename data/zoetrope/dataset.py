@@ -97,6 +97,24 @@ class Zoetrope(Dataset[Clip]):
             keys=(self.key(index),),
         )
 
+    def sound(self, index: int, rate: int = RATE, frames: int | None = None, draw: int = 0) -> Clip:
+        """The sound of the same clip at `rate` samples a second, without drawing: the video has no pixels.
+
+        Raises ValueError for an image.
+        """
+        frames = frames or self.frames
+        if frames == 1:
+            raise ValueError("an image has no sound; ask for frames=5 or more")
+        scene = self.scene(index, frames)
+        return Clip(
+            video=torch.empty(1, 3, frames, *self.size, device="meta"),
+            fps=self.fps,
+            audio=torch.from_numpy(sound(scene, frames / self.fps, rate))[None],
+            audio_rate=rate,
+            captions=(self._caption(scene, index, frames),),
+            keys=(self.key(index),),
+        )
+
     read = get  # every clip can be made, so none takes another's place
 
     def key(self, index: int) -> str:
