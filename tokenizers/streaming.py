@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def _recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
+def recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
     """Pieces `(B, C, T, ...)` of any length as pieces of `first` and then of `step` frames; the last may be shorter."""
     waiting: Tensor | None = None
     size = first
@@ -37,7 +37,7 @@ def encode_stream(tokenizer: nn.Module, video: Iterable[Tensor], latent_frames: 
         yield tokenizer.encode(torch.cat(list(video), 2))
         return
     step, past = tokenizer.compression[0], {}
-    for piece in _recut(video, 1 + (latent_frames - 1) * step, latent_frames * step):
+    for piece in recut(video, 1 + (latent_frames - 1) * step, latent_frames * step):
         yield tokenizer.encode(piece, past)
 
 
@@ -47,5 +47,5 @@ def decode_stream(tokenizer: nn.Module, tokens: Iterable[Tensor], latent_frames:
         yield tokenizer.decode(torch.cat(list(tokens), 1))
         return
     past = {}
-    for piece in _recut((part.unsqueeze(1) for part in tokens), latent_frames, latent_frames):
+    for piece in recut((part.unsqueeze(1) for part in tokens), latent_frames, latent_frames):
         yield tokenizer.decode(piece.squeeze(1), past)

@@ -58,6 +58,11 @@ class VideoTokenizer(nn.Module):
         """Number of codes; None where tokens are continuous."""
         return self.quantizer.vocabulary
 
+    def reach(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Rows and columns of latents, to each side, that hold what a latent is made of, and of latents that a pixel
+        is made of; norms over whole frames aside. None where there is no such bound."""
+        return None
+
     def grid(self, frames: int, height: int, width: int) -> Triple:
         """Token grid of a clip; raises ValueError where the clip does not fit the compression."""
         t, h, w = self.compression
