@@ -119,15 +119,15 @@ print(before, peak())
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_long_streams_take_no_more_memory_than_short_ones():
-    """Measured (kB): 17 frames 344,420 over 226,624 before; 129 frames 345,008: 1.002 in all."""
+    """Measured (kB): 616,912 with 17 frames and 619,064 with 129, of which 311,700 before the first frame."""
     where = os.pathsep.join([str(Path(__file__).parents[1] / ".links"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # otherwise glibc's heap frays, by 7 % and differently each time
     found = {}
     for frames in (17, 129):
         run = [sys.executable, "-c", CHILD, str(frames)]
         out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
         found[frames] = [int(word) for word in out.split()]
-    print(found)
     assert found[129][1] <= 1.05 * found[17][1]
     own = {frames: after - before for frames, (before, after) in found.items()}  # what the stream itself takes
-    assert own[129] <= 1.1 * own[17]
+    assert own[129] <= 1.05 * own[17]

@@ -118,7 +118,7 @@ def test_any_tokenizer_can_be_tiled():
         ViViT(LFQ(4), (2, 8, 8), 32, 2, "st").eval(),
     ):
         frames = 1 + 2 * tokenizer.compression[0]
-        tiled, video = Tiled(tokenizer, memory="4MB", latent_frames=1), waves(frames, 96, 128)
+        tiled, video = Tiled(tokenizer, memory="2MB", latent_frames=1), waves(frames, 96, 128)
         tokens = tiled.encode(video)
         assert tokens.shape == tokenizer.encode(video).shape and tiled.used > 1
         assert tiled.decode(tokens).shape == video.shape

@@ -51,12 +51,15 @@ class HaarPatch(nn.Module):
         if begins(self, past, video):
             video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
         patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b t h w c (pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return rearrange(patches @ self.basis.T.to(patches), "b t h w c p -> b (c p) t h w")
+        with torch.autocast(video.device.type, enabled=False):  # small differences of large pixels
+            return rearrange(patches @ self.basis.T.to(patches), "b t h w c p -> b (c p) t h w")
 
     def inverse(self, x: Tensor, past: Past | None = None) -> Tensor:
         pt, ph, pw = self.patch
         first = begins(self, past, x)
-        patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
         video = rearrange(patches, "b t h w c (pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
         return video[:, :, pt - 1 :] if first else video
 

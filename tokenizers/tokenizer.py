@@ -87,9 +87,11 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """`(B, 3, T, H, W)` to tokens."""
+        """`(B, 3, T, H, W)` to tokens, always in the precision of the weights: tokens that are made within autocast are
+        those that are stored, and those of generation."""
         self._whole(past)
-        return self.quantizer(self.encode_latents(video, past))[1]
+        with torch.autocast(video.device.type, enabled=False):
+            return self.quantizer(self.encode_latents(video, past))[1]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, past: Past | None = None) -> Tensor:
