@@ -155,7 +155,14 @@ class TokenShards(Dataset[Clip]):
             raise IndexError(f"{self.folder} has the clips 0 to {len(self) - 1}; got {index}")
         number = int(np.searchsorted(self.ends, index, side="right"))
         if number not in self._shards:
-            self._shards[number] = Shard(self.paths[number])
+            shard = Shard(self.paths[number])
+            shard.verify()
+            if shard.notes["settings"]["tokenizer"] != self.tokenizer:
+                raise ValueError(
+                    f"{shard.path} holds tokens of another tokenizer than its {INDEX} says; delete it, and the "
+                    "scripts/encode.py command that made the others remakes it"
+                )
+            self._shards[number] = shard
         return self._shards[number], index - int(self.ends[number - 1] if number else 0)
 
     def caption(self, index: int, frames: int | None = None) -> str:

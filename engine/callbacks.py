@@ -14,13 +14,26 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from reelm.data.clip import Clip
-from reelm.data.writing import write_contact_sheet, write_video
+from reelm.data.writing import whole_file, write_contact_sheet, write_video
 
 LAST = "last.ckpt"
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that stand under their name only when they are whole.
+
+    Lightning's own are written in the system's folder for temporary files first; where that is on another disk, the
+    move to their place can be cut off half-way.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with whole_file(path) as part:
+            torch.save(checkpoint, part)
 
 
 class Checkpoint(Callback):
@@ -41,6 +54,13 @@ class Checkpoint(Callback):
         self._random: dict[str, Any] | None = None
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._previous: Any = None
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+        if trainer.is_global_zero:
+            for part in self.folder.glob(f".{Path(LAST).stem}.*.part.*"):  # of a run that was killed as it saved
+                part.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
@@ -138,15 +158,38 @@ def _tuple(value: Any) -> Any:
 
 
 class FiniteLoss(Callback):
-    """Stops before the update when the loss is not finite, and names the batch."""
+    """Stops before the update when the loss or a gradient is not finite, and names the batch.
+
+    Weights, optimiser and averages are then those of the step before, and so are buffers that the forward pass moves,
+    such as the running means of codes and of an adversary's scores.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        self._buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
     def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):
-            keys = getattr(module, "batch_keys", ())
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {trainer.global_step} (clips {', '.join(keys[:4])}...); "
-                "the weights are those of the step before"
-            )
+            self._stop(f"the loss is {loss.item()}", trainer, module)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.precision == "16-mixed":  # whose scaler looks for such gradients itself, and goes on
+            return
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            self._stop(f"the norm of the gradient is {norm.item()}", trainer, module)
+
+    def _stop(self, what: str, trainer: L.Trainer, module: L.LightningModule) -> None:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(self._buffers[name])
+        keys = getattr(module, "batch_keys", ())
+        raise FloatingPointError(
+            f"{what} at step {trainer.global_step} (clips {', '.join(keys[:4])}...); "
+            "the weights are those of the step before"
+        )
 
 
 class Export(Callback):

@@ -19,18 +19,18 @@ from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
 from reelm.data.reading import VideoReader
 from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
 from reelm.engine import sound_comparison
-from reelm.engine.generation import whole_length
 from reelm.engine.outside import weights_digest
 from reelm.engine.store import fingerprint
 from reelm.engine.video_lm import load_tokenizer
 from reelm.evaluation.reconstruction import bits_per_pixel, mean_over_frames, psnr, ssim, token_usage
+from reelm.tokenizers.memory import bytes_of
 from reelm.tokenizers.perceptual import LPIPS
-from reelm.tokenizers.streaming import decode_stream, encode_stream
+from reelm.tokenizers.tiling import Tiled, padded
 from reelm.tokenizers.tokenizer import VideoTokenizer, in_half_precision
 
 Note = Callable[[str], None]
 SMALLEST, LARGEST = 32, 4096  # pixels a side; LPIPS takes no less
-MOST_PIXELS = 1 << 18  # of a frame, where the user names no size
+MOST_PIXELS = 1 << 25  # of all frames, where the user names no size: several such clips are held at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Comparison:
     clip to write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps:
     None for every frame of the video. frames: at most. audio: an audio tokenizer, named as model is, or None to leave
     the sound out. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS. trust: model may be TorchScript
-    programs (`engine/torchscript.py`).
+    programs (`engine/torchscript.py`). memory: what the tokenizer may take for a tile of a large frame (`Tiled`);
+    None: no tiles.
     """
 
     video: str | None
@@ -56,6 +57,7 @@ class Comparison:
     lpips_linear: str | None = None
     codecs: tuple[str, ...] = ("h264", "vp9")
     trust: bool = False
+    memory: int | str | None = "2GB"
 
     def check(self) -> None:
         """Raises ValueError for what no video could make right."""
@@ -67,6 +69,14 @@ class Comparison:
                 raise ValueError(f"{name}={value!r} is no number")
         if self.frames < 1 or int(self.frames) != self.frames:
             raise ValueError(f"frames={self.frames} is no number of frames; give 1 or more")
+        sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        whole = len(sides) == 2 and all(isinstance(side, int) and SMALLEST <= side <= LARGEST for side in sides)
+        if self.size is not None and not whole:
+            raise ValueError(
+                f"size={self.size} is no size: give a side or [height,width] in pixels, {SMALLEST} to {LARGEST}"
+            )
+        if self.memory is not None:
+            bytes_of(self.memory)
         check_codecs(self.codecs)
 
     def outputs(self) -> tuple[Path, Path, Path]:
@@ -88,59 +98,30 @@ def load_lpips(features: str, linear: str | None) -> LPIPS:
     return LPIPS(features, linear).eval()
 
 
-def whole_size(size: int | tuple[int, ...], step: tuple[int, int], note: Note) -> tuple[int, int]:
-    """(height, width) as multiples of `step` nearest to the wanted ones, with a note where they are others."""
-    sides = size if isinstance(size, tuple) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and SMALLEST <= side <= LARGEST for side in sides):
-        raise ValueError(f"size={size} is no size: give a side or [height,width] in pixels, {SMALLEST} to {LARGEST}")
-    height, width = (max(round(side / part), -(-SMALLEST // part)) * part for side, part in zip(sides, step))
-    if (height, width) != sides:
-        note(f"{sides[1]} x {sides[0]} are no multiples of {step[1]} x {step[0]}: making {width} x {height}")
-    return height, width
+def large_enough(video: Tensor) -> Tensor:
+    """`(B, 3, T, H, W)` whose sides below SMALLEST have grown by repeating their edges."""
+    tall, wide = (max(SMALLEST - side, 0) for side in video.shape[3:])
+    return F.pad(video, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2, 0, 0), mode="replicate")
 
 
-def multiple(side: float, part: int) -> int:
-    """The largest multiple of `part` that is no more than `side`, or the first that is no less than SMALLEST."""
-    return max(int(side) // part, -(-SMALLEST // part)) * part
-
-
-def own_size(video: Tensor, step: tuple[int, int], note: Note) -> Tensor:
-    """`(B, 3, T, H, W)` cut at its edges to multiples of `step`; a side below SMALLEST grows by repeating its edge."""
-    have = video.shape[3:]
-    height, width = (multiple(side, part) for side, part in zip(have, step))
-    if (height, width) != have:
-        note(f"{have[1]} x {have[0]} are no multiples of {step[1]} x {step[0]}, at least {SMALLEST}: "
-             f"cut or grown to {width} x {height}")  # fmt: skip
-    tall, wide = max(height - have[0], 0), max(width - have[1], 0)
-    video = F.pad(video, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2, 0, 0), mode="replicate")
-    top, left = (video.shape[3] - height) // 2, (video.shape[4] - width) // 2
-    return video[..., top : top + height, left : left + width].contiguous()
-
-
-def read(wanted: Comparison, compression: tuple[int, int, int], note: Note, audio_rate: int | None = None) -> Clip:
-    """The clip that a tokenizer of this compression can take, as near as possible to what the file holds; with its
+def read(wanted: Comparison, note: Note, audio_rate: int | None = None) -> Clip:
+    """The clip, as it is in the file where nothing else is asked for and it is not too small or too large; with its
     sound where a rate is given."""
-    time, *step = compression
-    frames = whole_length(int(wanted.frames), time, note)
     with VideoReader(wanted.video) as reader:
-        size = None
-        if wanted.size is not None:
-            size = whole_size(wanted.size, tuple(step), note)
-        else:
-            height, width = reader.info.size
-            if height * width > MOST_PIXELS:
-                width = width * reader.info.pixel_aspect
-                scale = math.sqrt(MOST_PIXELS / (height * width))
-                size = tuple(multiple(side * scale, part) for side, part in zip((height, width), step))
-                note(f"{width:.0f} x {height} is large: made {size[1]} x {size[0]}; size=[height,width] gives another")
+        info, size = reader.info, wanted.size
+        if isinstance(size, int):
+            size = (size, size)
+        frames = int(wanted.frames)
+        count = min(frames, info.frames or frames) if info.fps else 1
+        if size is None and count * math.prod(info.size) > MOST_PIXELS:
+            height, width = info.size[0], info.size[1] * info.pixel_aspect
+            scale = math.sqrt(MOST_PIXELS / (count * height * width))
+            size = tuple(max(int(side * scale), SMALLEST) for side in (height, width))
+            note(f"{count} frames of {width:.0f} x {height} are large: made {size[1]} x {size[0]}; fewer frames=... or "
+                 "size=[height,width] give another")  # fmt: skip
         sound = {} if audio_rate is None else {"audio": True, "audio_rate": audio_rate}
         clip = reader.read(fps=wanted.fps, frames=frames, size=size, start=wanted.start, short="shorter", **sound)
-    if size is None:
-        clip = clip.replace(video=own_size(clip.video, tuple(step), note))
-    length = (clip.frames - 1) // time * time + 1
-    if length != clip.frames:
-        note(f"the video has {clip.frames} frames, which are not 1 + {time}k: taking the first {length}")
-    return clip.replace(video=clip.video[:, :, :length].contiguous())
+    return clip.replace(video=large_enough(clip.video).contiguous())
 
 
 @dataclass(frozen=True)
@@ -163,16 +144,33 @@ def measure(name: str, video: Tensor, clip: Clip, bits: float, lpips: LPIPS | No
 
 @torch.inference_mode()
 def compare(
-    clip: Clip, tokenizer: VideoTokenizer, codecs: tuple[str, ...], lpips: LPIPS | None, note: Note
+    clip: Clip,
+    tokenizer: VideoTokenizer,
+    codecs: tuple[str, ...],
+    lpips: LPIPS | None,
+    note: Note,
+    memory: int | str | None = None,
 ) -> list[Result]:
-    """The tokenizer's reconstruction of a batch of one, then each codec's at as many bits."""
-    tokens = torch.cat(list(encode_stream(tokenizer, [clip.video])), 1)  # streams bound the memory
+    """The tokenizer's reconstruction of a batch of one, then each codec's at as many bits.
+
+    A clip that does not fit the compression is padded, and its reconstruction cut: the tokens, and so the bits, are
+    those of the padded clip.
+    """
+    frames, height, width = clip.video.shape[2:]
+    tiled = Tiled(tokenizer, memory=memory)
+    video = padded(clip.video, tokenizer.compression)
+    if video.shape != clip.video.shape:
+        more = " x ".join(str(side) for side in (video.shape[2], video.shape[4], video.shape[3]))
+        note(f"{frames} x {width} x {height} do not fit the tokenizer: it sees {more}, the edges repeated")
+    tokens = tiled.encode(video)
+    if tiled.used > 1:
+        note(f"frames are made in {tiled.used} tiles (memory={memory}), which norms over whole frames can tell")
     tokens = tokens if tokenizer.vocabulary is not None else in_half_precision(tokens)
     count, usage = tokens.shape[:4].numel(), token_usage(tokens, tokenizer.vocabulary)
     if "entropy" in usage:
         usage["entropy_bits_per_pixel"] = bits_per_pixel(count * usage["entropy"], clip.video)
     bits = count * usage["bits_per_token"]
-    video = torch.cat(list(decode_stream(tokenizer, [tokens])), 2)
+    video = tiled.decode(tokens)[:, :, :frames, :height, :width]
     results = [measure("tokenizer", video, clip, bits, lpips, tokens=count, **usage)]
     for name in check_codecs(codecs):
         encoded = encode(clip, name, bits)
@@ -228,8 +226,8 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
     tokenizer, folder = load_tokenizer(wanted.model, wanted.trust)
     audio = sound_comparison.load_audio_tokenizer(wanted.audio) if wanted.audio else None
     lpips = load_lpips(wanted.lpips, wanted.lpips_linear) if wanted.lpips else None
-    clip = read(wanted, tokenizer.compression, note, None if audio is None else audio.rate)
-    results = compare(clip, tokenizer, wanted.codecs, lpips, note)
+    clip = read(wanted, note, None if audio is None else audio.rate)
+    results = compare(clip, tokenizer, wanted.codecs, lpips, note, wanted.memory)
     length = f"{clip.frames} frames" if clip.frames > 1 else "1 frame"
     print(f"{wanted.video}: {length} of {clip.size[1]} x {clip.size[0]} at {clip.fps:g} a second")
     print(table(results))

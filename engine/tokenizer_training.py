@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ class TokenizerTraining(ReconstructionTraining):
                 )
             tokenizer.eval().requires_grad_(False)  # eval: the codes of a vector quantizer follow what they stand for
             tokenizer.decoder.train().requires_grad_(True)
+        self._flat: dict[str, list[Tensor]] = {"train": [], "validation": []}
 
     def start_from(self, folder: str | Path) -> None:
         super().start_from(folder)
@@ -115,6 +117,7 @@ class TokenizerTraining(ReconstructionTraining):
         if self.frames is not None and self.frames < video.shape[2]:
             start = int(torch.randint(video.shape[2] - self.frames + 1, ()))
             video = video[:, :, start : start + self.frames]
+        self._flat["train"].append(flat(video))
         terms, reconstruction, tokens = self.losses(video)
         boost = 1 + self.entropy_boost * max(0.0, 1 - self.global_step / self.entropy_steps)
         loss = sum(
@@ -132,6 +135,7 @@ class TokenizerTraining(ReconstructionTraining):
         video = batch.clip.video
         reconstruction, tokens, _ = self.tokenizer(video)
         self._seen.append(tokens.flatten().cpu())
+        self._flat["validation"].append(flat(video))
         self.log("val/psnr", psnr(reconstruction, video).mean(), prog_bar=True, batch_size=len(video), sync_dist=True)
         if index == 0:
             self._rate = batch.clip.fps
@@ -139,13 +143,24 @@ class TokenizerTraining(ReconstructionTraining):
 
     def on_validation_epoch_end(self) -> None:
         tokens = self.seen()
+        for name, parts in self._flat.items():
+            share = float(torch.cat(parts).float().mean()) if parts else 0.0
+            parts.clear()
+            if share > 0.5:
+                rank_zero_warn(
+                    f"{share:.0%} of the {name} clips since the last validation show one colour alone, or nearly; "
+                    "nothing can be learned from them: look at the files and at what reads them"
+                )
         if self.tokenizer.vocabulary is None:
             self.log("val/latent_std", tokens.std(), sync_dist=True)  # 1 where the running statistics have followed
             return
-        if idle := idle_bits(tokens, self.tokenizer.vocabulary):
+        digits = getattr(self.tokenizer.quantizer, "digits", (self.tokenizer.vocabulary,))
+        if idle := idle_digits(tokens, digits):
+            what = "bits" if set(digits) == {2} else "digits"
             rank_zero_warn(
-                f"bits {idle} of the codes are the same in 99 % of the validation tokens, so part of the codebook is "
-                "idle; lower the learning rate or, with lookup-free quantization, raise entropy_weight"
+                f"{what} {idle} of the codes are much the same in all validation tokens, so part of the codebook is "
+                "idle; look whether the clips in samples/ show anything, and lower the learning rate or, with "
+                "lookup-free quantization, raise entropy_weight"
             )
         self.log_usage(tokens)
 
@@ -154,7 +169,24 @@ class TokenizerTraining(ReconstructionTraining):
         return self._samples, ["clip", "reconstruction"] * (len(self._samples) // 2), self._rate
 
 
-def idle_bits(ids: Tensor, vocabulary: int, share: float = 0.01) -> list[int]:
-    """Bits of the ids, counted from the lowest, whose rarer value is in less than `share` of them."""
-    ones = [float((ids >> bit & 1).float().mean()) for bit in range((vocabulary - 1).bit_length())]
-    return [bit for bit, one in enumerate(ones) if min(one, 1 - one) < share]
+def flat(video: Tensor) -> Tensor:
+    """Which clips `(B, 3, T, H, W)` hardly vary: by less than one level of 8 bits, in standard deviation: `(B,)`."""
+    return video.detach().flatten(1).std(1) < 2 / 255
+
+
+def idle_digits(ids: Tensor, digits: Sequence[int], share: float = 0.01, used: float = 0.05) -> list[int]:
+    """Digits of the ids, counted from the lowest, that tell hardly anything.
+
+    One value stands in all tokens but less than `share` of them, or the perplexity of the values is less than `used` of
+    what it could be with so many values and tokens (which only codebooks of more than 20 codes can fall below).
+    digits: how many values each can have.
+    """
+    idle = []
+    for place, values in enumerate(digits):
+        counts = torch.bincount(ids.flatten() % values)
+        ids = ids // values
+        parts = counts[counts > 0] / counts.sum()
+        perplexity = float((-(parts * parts.log()).sum()).exp())
+        if parts.max() > 1 - share or perplexity < used * min(values, int(counts.sum())):
+            idle.append(place)
+    return idle

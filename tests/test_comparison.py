@@ -12,7 +12,7 @@ from reelm.data.clip import Clip
 from reelm.data.reading import probe, read_image, read_video
 from reelm.data.writing import side_by_side, write_video
 from reelm.engine import comparison, store
-from reelm.engine.comparison import Comparison, compare, load_lpips, load_tokenizer, own_size, read, run, table
+from reelm.engine.comparison import Comparison, compare, large_enough, load_lpips, load_tokenizer, read, run, table
 from reelm.lm.transformer import Transformer
 from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.magvit2 import MAGVIT2
@@ -68,22 +68,21 @@ def test_all_that_is_promised(tokenizer, material, tmp_path, capsys):
     wanted = Comparison(str(material / "odd.gif"), str(tokenizer), str(output), lpips=str(features))
     assert run(wanted, {"video": "odd.gif"}) == [output, output.with_suffix(".png"), output.with_suffix(".json")]
     said = capsys.readouterr()
-    assert "70 x 51 are no multiples of 8 x 8" in said.err and "cut or grown to 64 x 48" in said.err
-    assert "20 frames, which are not 1 + 4k: taking the first 17" in said.err
-    assert "17 frames of 64 x 48 at 12.5 a second" in said.out and "LPIPS-alex" in said.out
+    assert "20 x 70 x 51 do not fit the tokenizer: it sees 21 x 72 x 56, the edges repeated" in said.err
+    assert "20 frames of 70 x 51 at 12.5 a second" in said.out and "LPIPS-alex" in said.out
 
     shown = read_video(output, fps=None, frames=None, size=None)
-    assert shown.frames == 17 and shown.size == (48 + 16, 4 * 64 + 3 * 4) and shown.fps == pytest.approx(12.5)
-    original = read_video(material / "odd.gif", fps=None, frames=17, size=None).video[..., 1:49, 3:67]
-    assert (shown.video[..., 16:, :64] - original).abs().mean() < 0.1
+    assert shown.frames == 20 and shown.size == (51 + 16 + 1, 4 * 70 + 3 * 4) and shown.fps == pytest.approx(12.5)
+    original = read_video(material / "odd.gif", fps=None, frames=20, size=None).video
+    assert (shown.video[..., 16:67, :70] - original).abs().mean() < 0.1
     assert probe(output.with_suffix(".png")).size[1] >= 6 * 64
 
     record = json.loads(output.with_suffix(".json").read_text())
-    assert (record["frames"], record["size"], record["config"]) == (17, [48, 64], {"video": "odd.gif"})
+    assert (record["frames"], record["size"], record["config"]) == (20, [51, 70], {"video": "odd.gif"})
     assert record["tokenizer"]["fingerprint"] == store.fingerprint(store.load(tokenizer))
     own, h264, vp9 = (record["results"][name] for name in ("tokenizer", "h264", "vp9"))
-    assert own["tokens"] == 5 * 6 * 8 and own["vocabulary"] == 512 and own["bits_per_token"] == 9
-    assert own["bits"] == 9 * own["tokens"] and own["bits_per_pixel"] == own["bits"] / (17 * 48 * 64)
+    assert own["tokens"] == 6 * 7 * 9 and own["vocabulary"] == 512 and own["bits_per_token"] == 9
+    assert own["bits"] == 9 * own["tokens"] and own["bits_per_pixel"] == own["bits"] / (20 * 51 * 70)
     assert 0 < own["entropy"] <= math.log2(own["codes_used"]) and own["perplexity"] == pytest.approx(
         2 ** own["entropy"]
     )
@@ -93,15 +92,23 @@ def test_all_that_is_promised(tokenizer, material, tmp_path, capsys):
 
 
 def test_a_tokenizer_without_loss_is_seen_to_have_none(material):
-    class Perfect(VideoTokenizer):
-        vocabulary, compression, pieces = 2, STEP, []
+    class One(torch.nn.Module):
+        vocabulary, pieces = 2, []
 
-        def encode(self, video, past):
-            self.pieces.append(video)
-            return torch.zeros(1, -(-video.shape[2] // 4), 8, 8, dtype=torch.long)
+        def forward(self, z):
+            self.pieces.append(z)
+            return z, torch.zeros(1, -(-z.shape[2] // 4), 8, 8, dtype=torch.long), {}
 
-        def decode(self, ids, past):
+        def lookup(self, ids):
             return self.pieces.pop(0)
+
+    class Perfect(VideoTokenizer):
+        compression, quantizer, device = (1, 1, 1), One(), torch.device("cpu")
+
+        def encode_latents(self, video, past):
+            return video
+
+        decode_latents = encode_latents
 
     clip = Clip(torch.rand(1, 3, 17, 64, 64) * 2 - 1)
     results, said = notes(compare, clip, Perfect(), ("h264",), None)
@@ -141,50 +148,56 @@ def test_a_clip_is_heard_as_its_tokens_tell_it(tokenizer, tmp_path, capsys):
 def test_a_photo_is_a_clip_of_one_frame(tokenizer, material, tmp_path):
     output = tmp_path / "photo.mp4"
     run(Comparison(str(material / "photo.png"), str(tokenizer), str(output), codecs=("vp9",)), {})
-    assert read_image(output, size=None).size == (72 + 16, 3 * 128 + 2 * 4)
+    assert read_image(output, size=None).size == (77 + 16 + 1, 3 * 131 + 2 * 4 + 1)  # 4:2:0 has even sides
     record = json.loads(output.with_suffix(".json").read_text())
-    assert record["frames"] == 1 and record["results"]["tokenizer"]["tokens"] == 9 * 16
+    assert record["frames"] == 1 and record["results"]["tokenizer"]["tokens"] == 10 * 17
 
 
 def test_without_codecs(tokenizer, material, tmp_path):
     output = tmp_path / "a.gif"
     run(Comparison(str(material / "odd.gif"), str(tokenizer), str(output), frames=5, codecs=()), {})
-    assert read_video(output, fps=None, frames=None, size=None).size == (64, 132)
+    assert read_video(output, fps=None, frames=None, size=None).size == (51 + 16, 2 * 70 + 4)
     assert list(json.loads(output.with_suffix(".json").read_text())["results"]) == ["tokenizer"]
 
 
 @pytest.mark.parametrize(
     ("wanted", "shape", "rate", "said"),
     [
-        ({}, (17, 48, 64), 12.5, 2),
-        ({"frames": 9}, (9, 48, 64), 12.5, 1),
-        ({"frames": 10}, (9, 48, 64), 12.5, 2),
+        ({}, (20, 51, 70), 12.5, 0),
+        ({"frames": 10}, (10, 51, 70), 12.5, 0),
         ({"size": 40, "frames": 1}, (1, 40, 40), 12.5, 0),
-        ({"size": (33, 50), "frames": 1}, (1, 32, 48), 12.5, 1),
-        ({"fps": 5.0, "frames": 5}, (5, 48, 64), 5.0, 1),
-        ({"start": 1.2}, (5, 48, 64), 12.5, 1),
+        ({"size": (33, 50), "frames": 1}, (1, 33, 50), 12.5, 0),
+        ({"fps": 5.0, "frames": 5}, (5, 51, 70), 5.0, 0),
+        ({"start": 1.2}, (5, 51, 70), 12.5, 0),
     ],
 )
 def test_what_is_read(material, wanted, shape, rate, said):
-    clip, texts = notes(read, Comparison(str(material / "odd.gif"), **wanted), STEP)
+    clip, texts = notes(read, Comparison(str(material / "odd.gif"), **wanted))
     assert tuple(clip.video.shape[2:]) == shape and clip.fps == pytest.approx(rate) and len(texts) == said
 
 
 def test_large_videos_are_made_smaller(material, monkeypatch):
     monkeypatch.setattr(comparison, "MOST_PIXELS", 2000)
-    clip, texts = notes(read, Comparison(str(material / "odd.gif"), frames=1), STEP)
-    assert clip.size == (32, 48) and texts == ["70 x 51 is large: made 48 x 32; size=[height,width] gives another"]
+    clip, texts = notes(read, Comparison(str(material / "odd.gif"), frames=1))
+    assert clip.size == (38, 52)
+    assert texts[0].startswith("1 frames of 70 x 51 are large: made 52 x 38; fewer frames=... or size=")
 
 
 def test_small_pictures_grow(material):
-    clip, _ = notes(read, Comparison(str(material / "dot.png")), STEP)
+    clip, _ = notes(read, Comparison(str(material / "dot.png")))
     assert clip.size == (32, 32) and (clip.video[0, 0] > 0.9).all() and (clip.video[0, 1:] < -0.9).all()
+    video = torch.arange(5.0).expand(1, 3, 2, 40, 5)
+    grown = large_enough(video)
+    assert grown.shape[3:] == (40, 32) and torch.equal(grown[..., 13:18], video) and (grown[..., :13] == 0).all()
 
 
-def test_edges_are_cut_evenly():
-    video = torch.arange(44.0).expand(1, 3, 2, 36, 44)
-    cut, _ = notes(own_size, video, (8, 8))
-    assert torch.equal(cut, video[..., 2:34, 2:42])
+def test_large_frames_are_made_in_tiles(tokenizer, material, tmp_path, capsys):
+    for memory in ("1MB", None):
+        output = str(tmp_path / "a.mp4")
+        run(Comparison(str(material / "photo.png"), str(tokenizer), output, codecs=(), memory=memory), {})
+        assert ("tiles (memory=1MB)" in capsys.readouterr().err) == (memory is not None)
+    with pytest.raises(ValueError, match="memory=1kB is too little: 17 frames of 16 x 16 alone take"):
+        run(Comparison(str(material / "photo.png"), str(tokenizer), str(tmp_path / "a.mp4"), memory="1kB"), {})
 
 
 def test_panels_stand_beside_each_other():
@@ -235,6 +248,7 @@ def test_other_models_are_no_tokenizers(tmp_path):
         ({"size": "big"}, "size='big' is no number"),
         ({"fps": "fast"}, "fps='fast' is no number"),
         ({"fps": 0.0}, "fps=0.0 is no frame rate"),
+        ({"memory": "much"}, "memory=much is no amount of memory; give bytes, or a number with MB or GB"),
         ({"frames": 0}, "frames=0 is no number of frames"),
         ({"frames": 6.5}, "frames=6.5 is no number of frames"),
         ({"start": 100.0}, "ends before start=100 s"),

@@ -103,6 +103,7 @@ def test_heads_fit_quantizers(quantizer, head):
 
 COMPRESSION = {
     "cvivit": (2, 8, 8), "stvivit": (1, 4, 4), "frame_vq": (1, 8, 8), "conv3d": (4, 4, 4), "palette": (1, 1, 1),
+    "magvit2_8x8x8": (8, 8, 8), "magvit2_4x16x16": (4, 16, 16),
 }  # fmt: skip
 
 
@@ -111,6 +112,20 @@ def test_tokenizers_compress_as_their_papers_do(name):
     with torch.device("meta"):
         tokenizer = instantiate(composed(f"tokenizer={name}").tokenizer)
     assert tuple(tokenizer.compression) == COMPRESSION.get(name, (4, 8, 8))
+
+
+@pytest.mark.parametrize(("name", "grid"), [("magvit2_8x8x8", (3, 4, 8)), ("magvit2_4x16x16", (5, 2, 4))])
+def test_other_compressions_of_magvit2_make_the_tokens_they_say(name, grid):
+    narrow = {"channels": 8, "blocks": 1}  # the same network, thinner
+    config = composed("tokenizer=magvit2", "quantizer.bits=6").tokenizer
+    other = composed(f"tokenizer={name}", "quantizer.bits=6").tokenizer
+    assert set(other) == set(config) and other._target_ == config._target_ and other.adaptive == config.adaptive
+    for key, value in narrow.items():
+        other[key] = [value] * len(other[key])
+    tokenizer = instantiate(other).eval()
+    ids = tokenizer.encode(torch.rand(1, 3, 17, 32, 64) * 2 - 1)
+    assert tuple(ids.shape[1:]) == grid == tokenizer.grid(17, 32, 64)
+    assert tokenizer.decode(ids).shape == (1, 3, 17, 32, 64)
 
 
 def test_the_built_in_data_need_nothing():

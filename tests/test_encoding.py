@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +162,79 @@ def test_a_killed_program_continues_to_the_same_bytes(end, status, word, tokeniz
     left = files(tmp_path)
     assert program(tokenizer, tmp_path).wait() == 0
     assert files(tmp_path) == undisturbed and any(left[name] == undisturbed.get(name) for name in left)
+
+
+def killed(work, after: float) -> bool:
+    """Does some work in a process that is killed after so many seconds; whether it was, before its end."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "encoding itself failed"
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_leave_nothing_half_made(kills, clips, tokenizer, tmp_path):
+    def again(output: Path) -> None:
+        source = Zoetrope("train", size=SIZE, frames=FRAMES, length=40)
+        encode([job(clips, tokenizer, output, source=source, about={})], workers=0)
+
+    started = time.monotonic()
+    again(tmp_path / "whole")
+    whole, lasts, draw, done = files(tmp_path / "whole"), time.monotonic() - started, random.Random(0), 0
+    output = tmp_path / "killed"
+    for number in range(20 * kills):
+        done += killed(lambda: again(output), draw.uniform(0, lasts))
+        left = {name: content for name, content in files(output).items() if "/." not in name} if number else {}
+        assert all(
+            whole[name] == content for name, content in left.items()
+        )  # under its name stands the whole or nothing
+        if done >= kills:
+            break
+        if left.keys() == whole.keys():  # and from the beginning
+            for path in output.rglob("*.*"):
+                path.unlink()
+    assert done >= kills
+    again(output)
+    assert files(output) == whole
+
+
+def test_every_flipped_bit_is_found(tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path, dirs_exist_ok=True)
+    path, draw = tmp_path / "train/000002.safetensors", random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(60):
+        place = draw.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        stored = TokenShards(tmp_path)
+        with pytest.raises(ValueError, match="000002.safetensors is missing or damaged; .* remakes it") as caught:
+            stored[int(stored.ends[1])]
+        assert "\n" not in str(caught.value) and stored[0].keys  # the others are as they were
+    path.write_bytes(whole)
+    assert TokenShards(tmp_path)[int(stored.ends[1])].keys
+
+
+def test_a_shard_of_another_tokenizer_is_named(tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "train/000002.safetensors"
+    shard = Shard(path)
+    texts = [[shard.text(name, row) for row in range(len(shard))] for name in ("captions", "keys")]
+    ids = np.concatenate([shard.tokens(row, 2, 4096) for row in range(len(shard))]).astype(np.uint16)
+    notes = {**shard.notes, "settings": {**shard.notes["settings"], "tokenizer": "f" * 16}}
+    write_shard(path, ids, *texts, notes)
+    with pytest.raises(ValueError, match="000002.safetensors holds tokens of another tokenizer than its") as caught:
+        TokenShards(tmp_path)[int(TokenShards(tmp_path).ends[1])]
+    assert "\n" not in str(caught.value)
 
 
 def test_damaged_shards_are_made_anew(clips, tokenizer, tokens, tmp_path, capfd):

@@ -178,9 +178,8 @@ class Adversary(nn.Module):
             fake, real = (video[:, :, first : first + self.frames] for video in (fake, real))
         constants = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         listens = float(self.steps >= self.start)
-        terms = {
-            "adversarial": listens * generator_loss(functional_call(self.discriminator, constants, fake), self.kind)
-        }
+        score = functional_call(self.discriminator, constants, fake).float()
+        terms = {"adversarial": listens * generator_loss(score, self.kind)}
         real_score, fake_score = self.discriminator(real), self.discriminator(fake.detach())
         real_score, fake_score = real_score.float(), fake_score.float()
         terms["discriminator"] = discriminator_loss(real_score, fake_score, self.kind)

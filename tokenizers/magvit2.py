@@ -51,12 +51,15 @@ class HaarPatch(nn.Module):
         if begins(self, past, video):
             video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
         patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b t h w c (pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return rearrange(patches @ self.basis.T.to(patches), "b t h w c p -> b (c p) t h w")
+        with torch.autocast(video.device.type, enabled=False):  # small differences of large pixels
+            return rearrange(patches @ self.basis.T.to(patches), "b t h w c p -> b (c p) t h w")
 
     def inverse(self, x: Tensor, past: Past | None = None) -> Tensor:
         pt, ph, pw = self.patch
         first = begins(self, past, x)
-        patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
         video = rearrange(patches, "b t h w c (pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
         return video[:, :, pt - 1 :] if first else video
 
@@ -189,6 +192,19 @@ class Causal(nn.Sequential):
                 x = part(x, latents) if isinstance(part, AdaptiveNorm) else part(x)
         return x
 
+    def reach(self, scale: tuple[float, float]) -> tuple[float, float]:
+        """How far the parts together look to each side in rows and columns, of which a place at first counts `scale`,
+        norms over whole frames aside."""
+        reach, scale = [0.0, 0.0], list(scale)
+        for part in self:
+            for conv in part.modules():
+                for axis in (0, 1) if isinstance(conv, CausalConv3d) else ():
+                    reach[axis] += conv.kernel_size[1 + axis] // 2 * scale[axis]
+                    scale[axis] *= conv.stride[1 + axis]
+            if isinstance(part, Upsample):
+                scale = [one / times for one, times in zip(scale, part.stride[1:])]
+        return tuple(reach)
+
 
 class MAGVIT2(VideoTokenizer):
     """Causal video tokenizer.
@@ -204,10 +220,12 @@ class MAGVIT2(VideoTokenizer):
             token gives what stands still the same token again and again, which a language model learns much faster.
         encoder_norm: "frame" or, so that no place depends on the rest of the frame, "site".
         adaptive: a norm told by the latents before the decoder's blocks of each level, as in the paper.
+        decoder_norm: as `encoder_norm`; with "site" in both, tiles of large frames fit without a trace of seams.
     """
 
     cannot_grow = ("patch",)
-    decoding_only = ("decoder", "blocks", "kernels", "adaptive")  # parts and arguments on which no token depends
+    # parts and arguments on which no token depends
+    decoding_only = ("decoder", "blocks", "kernels", "adaptive", "decoder_norm")
 
     def __init__(
         self,
@@ -221,11 +239,15 @@ class MAGVIT2(VideoTokenizer):
         encoder_kernels: Sequence[Triple] | None = None,
         encoder_norm: Literal["frame", "site"] = "frame",
         adaptive: bool = False,
+        decoder_norm: Literal["frame", "site"] = "frame",
     ) -> None:
         super().__init__()
-        if encoder_norm not in NORMS:
-            raise ValueError(f"encoder_norm is one of {', '.join(NORMS)}; got {encoder_norm}")
-        norm = NORMS[encoder_norm]
+        for name, kind in (("encoder_norm", encoder_norm), ("decoder_norm", decoder_norm)):
+            if kind not in NORMS:
+                raise ValueError(f"{name} is one of {', '.join(NORMS)}; got {kind}")
+        if adaptive and decoder_norm != "frame":
+            raise ValueError(f"adaptive=true has norms of whole frames; decoder_norm={decoder_norm} asks for false")
+        norm, back = NORMS[encoder_norm], NORMS[decoder_norm]
         encoder_blocks = list(encoder_blocks or blocks)
         encoder_kernels = [tuple(kernel) for kernel in encoder_kernels or kernels]
         channels, strides, blocks, kernels = (list(x) for x in (channels, strides, blocks, kernels))
@@ -239,7 +261,7 @@ class MAGVIT2(VideoTokenizer):
         strides, kernels = [tuple(s) for s in strides], [tuple(k) for k in kernels]
         self.channels, self.strides, self.blocks, self.kernels = channels, strides, blocks, kernels
         self.encoder_blocks, self.encoder_kernels, self.encoder_norm = encoder_blocks, encoder_kernels, encoder_norm
-        self.patch, self.adaptive = tuple(patch), adaptive
+        self.patch, self.adaptive, self.decoder_norm = tuple(patch), adaptive, decoder_norm
         self.quantizer = quantizer
         self.haar = HaarPatch(self.patch)
         self.compression: Triple = tuple(p * math.prod(s[i] for s in strides) for i, p in enumerate(patch))
@@ -269,16 +291,21 @@ class MAGVIT2(VideoTokenizer):
                 stretch = tuple(math.prod(s[axis] for s in strides[level:]) for axis in range(3))
                 decoder.add_module(f"level{level}_style", AdaptiveNorm(width, quantizer.dim, stretch))
             for block in range(blocks[level]):
-                decoder.add_module(f"level{level}_block{block}", ResBlock(width, channels[level], kernels[level]))
+                decoder.add_module(f"level{level}_block{block}", ResBlock(width, channels[level], kernels[level], back))
                 width = channels[level]
             if level:
                 up = Upsample(width, channels[level - 1], kernels[level - 1], strides[level - 1])
                 decoder.add_module(f"level{level}_up", up)
                 width = channels[level - 1]
-        decoder.add_module("norm", FrameNorm(width))
+        decoder.add_module("norm", back(width))
         decoder.add_module("act", nn.SiLU())
         decoder.add_module("last", CausalConv3d(width, pixels, kernels[0]))
         self.to(memory_format=torch.channels_last_3d)
+
+    def reach(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        sides = self.compression[1:]
+        seen = self.encoder.reach(self.patch[1:]), self.decoder.reach(sides)
+        return tuple(tuple(math.ceil(pixels / side) for pixels, side in zip(part, sides)) for part in seen)
 
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
         self.check(video, past)

@@ -97,7 +97,12 @@ class LPIPS(nn.Module):
         self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def distances(self, a: Tensor, b: Tensor) -> Tensor:
-        """LPIPS of images `(N, 3, H, W)` in [-1, 1], at least 32 pixels a side: `(N,)`."""
+        """LPIPS of images `(N, 3, H, W)` in [-1, 1], at least 32 pixels a side: `(N,)`. Always in float32: differences
+        of features that are nearly equal are lost in bfloat16."""
+        with torch.autocast(a.device.type, enabled=False):
+            return self._distances(a.float(), b.float())
+
+    def _distances(self, a: Tensor, b: Tensor) -> Tensor:
         x = (torch.cat([a, b]) - self.shift) / self.scale
         total = x.new_zeros(len(a))
         for index, layer in enumerate(self.layers):

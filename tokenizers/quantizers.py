@@ -1,8 +1,9 @@
 """Quantizers behind one interface: latents `(B, D, T, H, W)` to codes and back.
 
-Each has `dim` (D), `inputs` (channels that it asks of the encoder, in most D), `vocabulary` (number of codes),
-`forward(z) -> (quantized, ids, losses)` where gradients pass straight through and `losses` are unweighted named terms,
-and `lookup(ids) -> latents`. `Continuous` stands in the same place and quantizes nothing: its vocabulary is None.
+Each has `dim` (D), `inputs` (channels that it asks of the encoder, in most D), `vocabulary` (number of codes), `digits`
+(how many values each digit of an id has, the lowest digit first: its bits, channels or levels), `forward(z) ->
+(quantized, ids, losses)` where gradients pass straight through and `losses` are unweighted named terms, and
+`lookup(ids) -> latents`. `Continuous` stands in the same place and quantizes nothing: its vocabulary is None.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class LFQ(nn.Module):
     def __init__(self, bits: int = 18, temperature: float = 0.01) -> None:
         super().__init__()
         self.bits = self.dim = self.inputs = bits
-        self.vocabulary = 2**bits
+        self.vocabulary, self.digits = 2**bits, (2,) * bits
         self.temperature = temperature
         self.register_buffer("powers", 2 ** torch.arange(bits), persistent=False)
 
@@ -91,7 +92,7 @@ class FSQ(nn.Module):
 
     def __init__(self, levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)) -> None:
         super().__init__()
-        self.levels = tuple(levels)
+        self.levels = self.digits = tuple(levels)
         self.dim = self.inputs = len(levels)
         self.vocabulary = math.prod(levels)
         self.fsq = _FSQ(levels=list(levels))
@@ -194,7 +195,7 @@ class VQ(ResidualVQ):
         if codes**levels >= 2**63:
             raise ValueError(f"{levels} levels of {codes} codes cannot be numbered; take fewer")
         super().__init__(codes, dim, levels, decay, dead, cosine=cosine)
-        self.vocabulary = codes**levels
+        self.vocabulary, self.digits = codes**levels, (codes,) * levels
         self.register_buffer("places", codes ** torch.arange(levels - 1, -1, -1), persistent=False)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

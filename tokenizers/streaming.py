@@ -13,7 +13,7 @@ from torch import Tensor
 from reelm.tokenizers.tokenizer import Tokenizer
 
 
-def _recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
+def recut(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
     """Pieces `(B, C, T, ...)` of any length as pieces of `first` and then of `step` frames; the last may be shorter."""
     waiting: Tensor | None = None
     size = first
@@ -39,7 +39,7 @@ def encode_stream(tokenizer: Tokenizer, signal: Iterable[Tensor], latent_frames:
         yield tokenizer.encode(torch.cat(list(signal), 2))
         return
     first, step, past = tokenizer.length(latent_frames, True), tokenizer.length(latent_frames, False), {}
-    for piece in _recut(signal, first, step):
+    for piece in recut(signal, first, step):
         yield tokenizer.encode(piece, past)
 
 
@@ -49,5 +49,5 @@ def decode_stream(tokenizer: Tokenizer, tokens: Iterable[Tensor], latent_frames:
         yield tokenizer.decode(torch.cat(list(tokens), 1))
         return
     past = {}
-    for piece in _recut((part.unsqueeze(1) for part in tokens), latent_frames, latent_frames):
+    for piece in recut((part.unsqueeze(1) for part in tokens), latent_frames, latent_frames):
         yield tokenizer.decode(piece.squeeze(1), past)

@@ -60,9 +60,11 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, signal: Tensor, past: Past | None = None) -> Tensor:
-        """A signal in [-1, 1] to tokens."""
+        """A signal in [-1, 1] to tokens, always in the precision of the weights: tokens that are made within autocast
+        are those that are stored, and those of generation."""
         self._whole(past)
-        return self.quantizer(self.encode_latents(signal, past))[1]
+        with torch.autocast(signal.device.type, enabled=False):
+            return self.quantizer(self.encode_latents(signal, past))[1]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, past: Past | None = None) -> Tensor:
@@ -96,6 +98,11 @@ class VideoTokenizer(Tokenizer):
 
     def length(self, latents: int, begins: bool) -> int:
         return 1 + (latents - 1) * self.compression[0] if begins else latents * self.compression[0]
+
+    def reach(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Rows and columns of latents, to each side, that hold what a latent is made of, and of latents that a pixel
+        is made of; norms over whole frames aside. None where there is no such bound."""
+        return None
 
     def grid(self, frames: int, height: int, width: int) -> Triple:
         """Token grid of a clip; raises ValueError where the clip does not fit the compression."""
