@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reelm.tokenizers.convolution import Conv3d, channels_last, clips_of, frames_of
 from reelm.tokenizers.tokenizer import Past, Triple, VideoTokenizer, begins
 
 
@@ -61,7 +62,7 @@ class HaarPatch(nn.Module):
         return video[:, :, pt - 1 :] if first else video
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(Conv3d):
     """3-D convolution that sees no later frame: time is padded in front only, by repeating the first frame.
 
     In a stream, a later piece is padded with the last frames of the piece before it.
@@ -74,7 +75,8 @@ class CausalConv3d(nn.Conv3d):
         front = self.kernel_size[0] - 1
         before = None if past is None else past.get(self)
         if front:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, front, -1, -1) if before is None else before, x], dim=2)
+            pieces = [x[:, :, :1]] * front + [x] if before is None else [before, x]
+            x = torch.cat([piece.movedim(1, -1) for piece in pieces], 1).movedim(-1, 1)  # so channels stay last
         if past is not None:
             past[self] = x[:, :, x.shape[2] - front :].clone()  # a view would keep the whole piece
         if before is not None:  # the next place is a whole stride after the last one, which was the piece's last frame
@@ -96,8 +98,7 @@ class FrameNorm(nn.GroupNorm):
         super().__init__(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.transpose(1, 2)  # (B, T, C, H, W): with channels last this and the flatten below are views
-        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return clips_of(super().forward(frames_of(x)), len(x))
 
 
 class SiteNorm(nn.LayerNorm):
@@ -123,7 +124,7 @@ class AdaptiveNorm(FrameNorm):
     def __init__(self, channels: int, dim: int, stretch: Triple) -> None:
         super().__init__(channels)
         self.stretch = stretch
-        self.style = nn.Conv3d(dim, 2 * channels, 1)
+        self.style = Conv3d(dim, 2 * channels, 1)
         nn.init.zeros_(self.style.weight)
         nn.init.zeros_(self.style.bias)
 
@@ -144,7 +145,7 @@ class ResBlock(nn.Module):
         self.conv1 = CausalConv3d(cin, cout, kernel, bias=False)
         self.norm2 = norm(cout)
         self.conv2 = CausalConv3d(cout, cout, kernel, bias=False)
-        self.shortcut = nn.Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
+        self.shortcut = Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)), past)
@@ -166,7 +167,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         st, sh, sw = self.stride
         first = begins(self, past, x)
-        x = rearrange(self.conv(x, past), "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
+        x = self.conv(x, past).movedim(1, -1)  # one copy, with channels last
+        x = rearrange(x, "b t h w (c st sh sw) -> b (t st) (h sh) (w sw) c", st=st, sh=sh, sw=sw).movedim(-1, 1)
         return x[:, :, st - 1 :] if first else x
 
     def inflate(self, weights: dict[str, Tensor], name: str, small: Upsample) -> None:
@@ -259,7 +261,7 @@ class MAGVIT2(VideoTokenizer):
                 encoder.add_module(f"level{level}_down", CausalConv3d(width, width, down, strides[level]))
         encoder.add_module("norm", norm(top))
         encoder.add_module("act", nn.SiLU())
-        encoder.add_module("last", nn.Conv3d(top, quantizer.dim, 1))
+        encoder.add_module("last", Conv3d(top, quantizer.dim, 1))
 
         decoder = self.decoder = Causal()
         decoder.add_module("first", CausalConv3d(quantizer.dim, top, kernels[-1]))
@@ -282,8 +284,8 @@ class MAGVIT2(VideoTokenizer):
 
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
         self.check(video, past)
-        return self.encoder(self.haar(video, past).contiguous(memory_format=torch.channels_last_3d), past)
+        return self.encoder(channels_last(self.haar(video, past)), past)
 
     def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        latents = latents.contiguous(memory_format=torch.channels_last_3d)
+        latents = channels_last(latents)
         return self.haar.inverse(self.decoder(latents, past, latents), past)
