@@ -49,6 +49,8 @@ class HaarPatch(nn.Module):
     def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
         """`(B, 3, T, H, W)` to `(B, 3 * patch volume, T', H', W')`."""
         pt, ph, pw = self.patch
+        if self.patch == (1, 1, 1):
+            return video
         if begins(self, past, video):
             video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
         patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b t h w c (pt ph pw)", pt=pt, ph=ph, pw=pw)
@@ -56,8 +58,13 @@ class HaarPatch(nn.Module):
 
     def inverse(self, x: Tensor, past: Past | None = None) -> Tensor:
         pt, ph, pw = self.patch
+        if self.patch == (1, 1, 1):
+            return x
         first = begins(self, past, x)
-        patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
+        patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3)
+        with torch.autocast(x.device.type, enabled=False):  # matrices so small are slower in bfloat16
+            dtype = torch.promote_types(x.dtype, self.basis.dtype)
+            patches = patches.to(dtype) @ self.basis.to(dtype)
         video = rearrange(patches, "b t h w c (pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
         return video[:, :, pt - 1 :] if first else video
 
@@ -136,6 +143,11 @@ class AdaptiveNorm(FrameNorm):
         return super().forward(x) * (1 + gain) + bias
 
 
+def swish(x: Tensor) -> Tensor:
+    """SiLU of what nobody else holds: in its place, where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: norm, swish, conv, twice; 1x1x1 shortcut when the width changes."""
 
@@ -148,8 +160,8 @@ class ResBlock(nn.Module):
         self.shortcut = Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), past)
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)), past)
+        h = self.conv1(swish(self.norm1(x)), past)
+        return self.shortcut(x) + self.conv2(swish(self.norm2(h)), past)
 
     def begin_as_identity(self) -> None:
         """Makes a block that deepens a trained network leave it as it is, to begin with."""
