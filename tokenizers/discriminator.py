@@ -118,7 +118,9 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
     alone a second derivative is safe."""
     with torch.autocast(real.device.type, enabled=False):
         real = real.detach().float().requires_grad_()
-        (slope,) = torch.autograd.grad(discriminator(real).reshape(len(real), -1).mean(1).sum(), real, create_graph=True)
+        (slope,) = torch.autograd.grad(
+            discriminator(real).reshape(len(real), -1).mean(1).sum(), real, create_graph=True
+        )
     return 0.5 * slope.square().flatten(1).sum(1).mean()
 
 
