@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from reelm.data.module import ClipData, ClipSource
 from reelm.data.writing import whole_file
@@ -38,7 +38,7 @@ from reelm.tasks.task import Given
 from reelm.tokenizers.quantizers import lfq_entropy
 from reelm.tokenizers.tokens import Tokens
 
-SUITES = ("zoetrope", "decode")
+SUITES = ("zoetrope", "decode", "tokenizer")
 PROMPT = "a red star moves left while a blue circle bounces"
 TOLERANCE = 0.03  # by which the two medians of one measurement may differ
 
@@ -90,9 +90,13 @@ def random_model(source: ClipSource, tokenizer: nn.Module, transformer: nn.Modul
 
 def flops(work: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products and convolutions of one call (not those of the optimiser)."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: onednn_flops}) as counter:
         work()
     return counter.get_total_flops()
+
+
+def onednn_flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    return conv_flop_count(x, weight, out_shape)
 
 
 def ceilings(quick: bool) -> dict[str, Arm]:

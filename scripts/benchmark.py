@@ -6,7 +6,9 @@ import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from reelm.engine import tokenizer_benchmark
 from reelm.engine.benchmark import SUITES, Settings, random_model, run
+from reelm.engine.tokenizer_benchmark import Peers
 from reelm.engine.video_lm import load
 from reelm.scripts.common import program
 
@@ -16,6 +18,14 @@ def main(cfg: DictConfig) -> None:
     if cfg.suite not in SUITES:
         raise ValueError(f"suite={cfg.suite} is unknown; choose from {', '.join(SUITES)}")
     lightning.seed_everything(cfg.seed, verbose=False)
+    settings = Settings(cfg.suite, cfg.rounds, cfg.threads, cfg.batch, cfg.quick)
+    if cfg.suite == "tokenizer":
+        peers = Peers(
+            tuple(cfg.peers), tuple(cfg.sizes), cfg.large, tuple(cfg.dtypes), Path(cfg.peers_folder), cfg.memory
+        )
+        models = {"default": instantiate(cfg.tokenizer), "paper": instantiate(cfg.paper)}
+        tokenizer_benchmark.run(models, peers, settings, Path(cfg.output))
+        return
     data = instantiate(cfg.data)
     try:
         model, weights = (load(cfg.model), "trained") if cfg.model else (None, "random")
@@ -26,7 +36,6 @@ def main(cfg: DictConfig) -> None:
         model, weights = None, "random"
     if model is None:
         model = random_model(data.train, instantiate(cfg.tokenizer), instantiate(cfg.lm), instantiate(cfg.head))
-    settings = Settings(cfg.suite, cfg.rounds, cfg.threads, cfg.batch, cfg.quick)
     run(model, data, settings, Path(cfg.output), {"model": cfg.model, "weights": weights})
 
 

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reelm.tokenizers.convolution import Conv3d, channels_last, clips_of, frames_of
 from reelm.tokenizers.tokenizer import Past, Triple, VideoTokenizer, begins
 
 
@@ -48,6 +49,8 @@ class HaarPatch(nn.Module):
     def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
         """`(B, 3, T, H, W)` to `(B, 3 * patch volume, T', H', W')`."""
         pt, ph, pw = self.patch
+        if self.patch == (1, 1, 1):
+            return video
         if begins(self, past, video):
             video = torch.cat([video[:, :, :1]] * (pt - 1) + [video], dim=2)
         patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b t h w c (pt ph pw)", pt=pt, ph=ph, pw=pw)
@@ -56,15 +59,17 @@ class HaarPatch(nn.Module):
 
     def inverse(self, x: Tensor, past: Past | None = None) -> Tensor:
         pt, ph, pw = self.patch
+        if self.patch == (1, 1, 1):
+            return x
         first = begins(self, past, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # matrices so small are slower in bfloat16
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             patches = rearrange(x, "b (c p) t h w -> b t h w c p", c=3) @ self.basis.to(x)
         video = rearrange(patches, "b t h w c (pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
         return video[:, :, pt - 1 :] if first else video
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(Conv3d):
     """3-D convolution that sees no later frame: time is padded in front only, by repeating the first frame.
 
     In a stream, a later piece is padded with the last frames of the piece before it.
@@ -77,7 +82,8 @@ class CausalConv3d(nn.Conv3d):
         front = self.kernel_size[0] - 1
         before = None if past is None else past.get(self)
         if front:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, front, -1, -1) if before is None else before, x], dim=2)
+            pieces = [x[:, :, :1]] * front + [x] if before is None else [before, x]
+            x = torch.cat([piece.movedim(1, -1) for piece in pieces], 1).movedim(-1, 1)  # so channels stay last
         if past is not None:
             past[self] = x[:, :, x.shape[2] - front :].clone()  # a view would keep the whole piece
         if before is not None:  # the next place is a whole stride after the last one, which was the piece's last frame
@@ -99,8 +105,7 @@ class FrameNorm(nn.GroupNorm):
         super().__init__(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.transpose(1, 2)  # (B, T, C, H, W): with channels last this and the flatten below are views
-        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return clips_of(super().forward(frames_of(x)), len(x))
 
 
 class SiteNorm(nn.LayerNorm):
@@ -126,7 +131,7 @@ class AdaptiveNorm(FrameNorm):
     def __init__(self, channels: int, dim: int, stretch: Triple) -> None:
         super().__init__(channels)
         self.stretch = stretch
-        self.style = nn.Conv3d(dim, 2 * channels, 1)
+        self.style = Conv3d(dim, 2 * channels, 1)
         nn.init.zeros_(self.style.weight)
         nn.init.zeros_(self.style.bias)
 
@@ -138,6 +143,11 @@ class AdaptiveNorm(FrameNorm):
         return super().forward(x) * (1 + gain) + bias
 
 
+def swish(x: Tensor) -> Tensor:
+    """SiLU of what nobody else holds: in its place, where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: norm, swish, conv, twice; 1x1x1 shortcut when the width changes."""
 
@@ -147,11 +157,11 @@ class ResBlock(nn.Module):
         self.conv1 = CausalConv3d(cin, cout, kernel, bias=False)
         self.norm2 = norm(cout)
         self.conv2 = CausalConv3d(cout, cout, kernel, bias=False)
-        self.shortcut = nn.Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
+        self.shortcut = Conv3d(cin, cout, 1, bias=False) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), past)
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)), past)
+        h = self.conv1(swish(self.norm1(x)), past)
+        return self.shortcut(x) + self.conv2(swish(self.norm2(h)), past)
 
     def begin_as_identity(self) -> None:
         """Makes a block that deepens a trained network leave it as it is, to begin with."""
@@ -169,7 +179,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         st, sh, sw = self.stride
         first = begins(self, past, x)
-        x = rearrange(self.conv(x, past), "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
+        x = self.conv(x, past).movedim(1, -1)  # one copy, with channels last
+        x = rearrange(x, "b t h w (c st sh sw) -> b (t st) (h sh) (w sw) c", st=st, sh=sh, sw=sw).movedim(-1, 1)
         return x[:, :, st - 1 :] if first else x
 
     def inflate(self, weights: dict[str, Tensor], name: str, small: Upsample) -> None:
@@ -281,7 +292,7 @@ class MAGVIT2(VideoTokenizer):
                 encoder.add_module(f"level{level}_down", CausalConv3d(width, width, down, strides[level]))
         encoder.add_module("norm", norm(top))
         encoder.add_module("act", nn.SiLU())
-        encoder.add_module("last", nn.Conv3d(top, quantizer.inputs, 1))
+        encoder.add_module("last", Conv3d(top, quantizer.inputs, 1))
 
         decoder = self.decoder = Causal()
         decoder.add_module("first", CausalConv3d(quantizer.dim, top, kernels[-1]))
@@ -309,8 +320,8 @@ class MAGVIT2(VideoTokenizer):
 
     def encode_latents(self, video: Tensor, past: Past | None = None) -> Tensor:
         self.check(video, past)
-        return self.encoder(self.haar(video, past).contiguous(memory_format=torch.channels_last_3d), past)
+        return self.encoder(channels_last(self.haar(video, past)), past)
 
     def decode_latents(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        latents = latents.contiguous(memory_format=torch.channels_last_3d)
+        latents = channels_last(latents)
         return self.haar.inverse(self.decoder(latents, past, latents), past)
