@@ -7,6 +7,7 @@ import torch
 
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
+from reelm.evaluation.reconstruction import psnr
 from reelm.evaluation.sound import pitch_kept, si_sdr
 from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.streaming import encode_stream
@@ -43,3 +44,16 @@ def test_zoetrope_s_tokens_can_be_streamed(audio):
     sound = Zoetrope("validation").sound(3).audio
     parts = encode_stream(audio, sound.split(1234, 2), latent_frames=2)
     assert torch.equal(torch.cat(list(parts), 1), audio.encode(sound))
+
+
+@torch.no_grad()
+def test_the_tokenizer_of_natural_video_is_small_causal_and_streams():
+    folder = BOX / "natural/tokenizer"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
+    tokenizer = store.load(folder)
+    assert tokenizer.compression == (4, 8, 8) and tokenizer.vocabulary == 2**18
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, 4), (17, 64, 64), mode="trilinear") * 2 - 1
+    ids = tokenizer.encode(smooth)
+    assert torch.equal(tokenizer.encode(smooth[:, :, :5]), ids[:, :2])
+    assert torch.equal(torch.cat(list(encode_stream(tokenizer, smooth.split(5, 2), 2)), 1), ids)
+    assert psnr(tokenizer.decode(ids), smooth) > 24
