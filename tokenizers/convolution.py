@@ -53,12 +53,7 @@ class Conv3d(nn.Conv3d):
 
 def always_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether the choice is ours: bfloat16 goes to oneDNN anyway, and a compiler has its own ways."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    onednn = torch.backends.mkldnn
+    return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and onednn.is_available() and onednn.enabled
