@@ -53,11 +53,11 @@ class Timed:
 
     def memory(self, shape: Shape) -> dict[str, int]:
         """Bytes of the weights and of what encoding and decoding hold at most beside them, in float32; Linux only."""
-        weights = 4 * self.parameters
+        weights, peaks = 4 * self.parameters, {}
         self.made.clear()
-        before, peaks = memory("VmRSS"), {}
         for what in WORK:
             ctypes.CDLL(None).malloc_trim(0)
+            before = memory("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
             self.work(what, shape)
             peaks[what] = memory("VmHWM") - before + weights

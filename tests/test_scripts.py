@@ -456,6 +456,14 @@ def test_the_benchmark_runs_without_a_trained_model(tmp_path):
     assert 0 < rates["train"]["share"] < 2 and 0 < rates["tokenizer encode"]["share"] < 2
 
 
+def test_tokenizers_are_measured_without_peers(tmp_path):
+    output, small = tmp_path / "b.json", ("tokenizer=tiny", "paper.channels=[8,8,8,8]", "paper.blocks=[1,1,1,1]")
+    assert program("benchmark", "suite=tokenizer", "quick=true", *small, f"output={output}") == 0
+    results = json.loads(output.read_text())
+    assert not results["trustworthy"] and set(results["parameters"]) == {"default", "paper"}
+    assert {row["what"] for row in results["rows"]} == {"encode", "decode"} and "conv3d fp32" in results["ceilings"]
+
+
 def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
     clip = write_video(tmp_path / "a, [b].mp4", Clip(torch.rand(1, 3, 9, 33, 47) * 2 - 1))
     output = tmp_path / "out.mp4"
