@@ -75,7 +75,7 @@ def test_peaks_count_weights_and_what_is_held_beside_them():
     held = 64 << 20
     codec = Codec(lambda video: video, lambda codes: torch.ones(held // 4).sum() + codes, 1000)
     peaks = Timed(codec).memory((5, 16, 16))
-    assert held <= peaks["decode"] < 2 * held and peaks["encode"] < held
+    assert 0.9 * held <= peaks["decode"] < 2 * held and peaks["encode"] < held
     assert Timed(ours(model)).memory((5, 16, 16))["encode"] >= 4 * ours(model).parameters
 
 
