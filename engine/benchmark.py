@@ -30,8 +30,9 @@ from reelm.engine import fit
 from reelm.engine.model_training import train_text
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
+from reelm.lm.decoding import generate
 from reelm.lm.language_model import LanguageModel
-from reelm.lm.sampling import Sampling, generate, seeded
+from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
 from reelm.tasks.task import Given

@@ -27,8 +27,9 @@ from reelm.data.writing import (
     write_image,
     write_video,
 )
-from reelm.engine.store import fingerprint
-from reelm.engine.video_lm import load
+from reelm.engine.interruption import keep_tokens, read_tokens
+from reelm.engine.store import describe, fingerprint
+from reelm.engine.video_lm import VideoLM, load
 from reelm.engine.video_model import VideoModel
 from reelm.tasks.task import Given
 
@@ -175,21 +176,33 @@ def make(
     keep_known: bool = True,
     note: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] | None = None,
+    made: list[list[Tensor]] | None = None,
 ) -> Clip:
     """Clips for a user's inputs.
 
     frames: length of the result; beyond what the model makes at once, each further window continues the last second of
         the one before.
     keep_known: known pixels stay as they were given, instead of as the tokenizer shows them.
+    made: for language models, a list that is filled with the tokens of each window, in pieces `(B, k)`; one that was
+        filled by a call that was interrupted is gone on from.
     """
+    windows = iter(range(10**9))
+
+    def pixels(given: Given, task: str, seed: int) -> Tensor:
+        if made is None:
+            return model.generate(given, task, sampling, seed, progress).video
+        number = next(windows)
+        if number == len(made):
+            made.append([])
+        return model.generate(given, task, sampling, seed, progress, made[number]).video
+
     model.task(task)
     step, window = model.tokenizer.compression[0], model.shape[0]
     frames = 1 if task == "t2i" else whole_length(frames or window, step, note)
     given, video = first_given(model, task, inputs, min(frames, window), samples)
     if frames > window and task in ("inpainting", "outpainting", "interpolation", "stylization"):
         raise ValueError(f"task={task} makes clips of up to {window} frames with this model; got {frames}")
-    clip = model.generate(given, task, sampling, seed, progress)
-    result = clip.video
+    result = pixels(given, task, seed)
     if keep_known and video is not None:
         count = video.shape[2]
         part = torch.where(given.known.to(result.device), video.to(result), result[:, :, :count])
@@ -206,10 +219,8 @@ def make(
             torch.ones_like(tail[:, :1], dtype=torch.bool),
             fps=model.fps,
         )
-        further = model.generate(
-            given, "continuation" if "continuation" in model.tasks else task, sampling, seed, progress
-        )
-        result = torch.cat([result, further.video[:, :, overlap:]], 2)
+        further = pixels(given, "continuation" if "continuation" in model.tasks else task, seed)
+        result = torch.cat([result, further[:, :, overlap:]], 2)
     return Clip(result.cpu(), model.fps, (inputs.prompt,) * samples)
 
 
@@ -226,6 +237,8 @@ class Job:
     samples: int = 1
     seed: int = 0
     keep_known: bool = True
+    dtype: str = "auto"
+    tokens: str | None = None
 
 
 def _outputs(job: Job, task: str) -> tuple[Path, str]:
@@ -253,29 +266,51 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     model.task(task)
     sampling = model.sampling_with(sampling) if isinstance(sampling, Mapping) else sampling
     frames = job.frames or (round(job.seconds * model.fps) + 1 if job.seconds else None)
+    settings = {  # what the result depends on, so that an interrupted job goes on with the same
+        "task": task,
+        "prompt": job.inputs.prompt,
+        "inputs": {name: value for name, value in vars(job.inputs).items() if name != "prompt" and value is not None},
+        "frames": frames,
+        "seeds": list(range(job.seed, job.seed + job.samples)),
+        "keep_known": job.keep_known,
+        "sampling": describe(sampling),
+        "tokenizer": fingerprint(model.tokenizer),
+        model.noun.removeprefix("video ").replace(" ", "_"): fingerprint(model.trained),
+    }
+    dtype, made = read_tokens(Path(job.tokens), settings) if job.tokens else (job.dtype, [])
+    dtype = model.lighten(dtype)
+    passes = 0
+
+    def progress(count: int, total: int) -> None:
+        nonlocal passes
+        passes += 1
+        bar.update(line, completed=count, total=total)
+
     loaded = time.monotonic()
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
         line = bar.add_task(task)
-        clip = make(
-            model, task, job.inputs, frames, job.samples, job.seed, sampling, job.keep_known,
-            note=lambda text: print(f"note: {text}", file=sys.stderr),
-            progress=lambda made, total: bar.update(line, completed=made, total=total),
-        )  # fmt: skip
-    made = time.monotonic()
+        try:
+            clip = make(
+                model, task, job.inputs, frames, job.samples, job.seed, sampling, job.keep_known,
+                note=lambda text: print(f"note: {text}", file=sys.stderr),
+                progress=progress, made=made if isinstance(model, VideoLM) else None,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            bar.stop()
+            keep_tokens(path.with_suffix(".tokens.safetensors"), made, settings, dtype)
+            raise
+    done = time.monotonic()
     paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
     for i, one in enumerate(paths):
         (write_image if suffix in PICTURES else write_video)(one, clip[i])
     record = {
-        "task": task,
-        "prompt": job.inputs.prompt,
+        **settings,
         "frames": clip.frames,
         "size": list(clip.size),
         "fps": clip.fps,
-        "seeds": list(range(job.seed, job.seed + job.samples)),
-        "sampling": vars(sampling),
-        "tokenizer": fingerprint(model.tokenizer),
-        model.noun.removeprefix("video ").replace(" ", "_"): fingerprint(model.trained),
-        "seconds": {"load": round(loaded - started, 3), "make": round(made - loaded, 3)},
+        "dtype": dtype,
+        "passes": passes,
+        "seconds": {"load": round(loaded - started, 3), "make": round(done - loaded, 3)},
         "config": config,
     }
     with whole_file(path.with_suffix(".json")) as part:
@@ -284,5 +319,5 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         paths.append(write_contact_sheet(path.with_suffix(".png"), clip, columns=6, scale=2))
     for one in paths:
         print(f"wrote {one}")
-    print(f"{clip.frames} frames in {made - loaded:.1f} s (loading: {loaded - started:.1f} s)")
+    print(f"{clip.frames} frames in {done - loaded:.1f} s (loading: {loaded - started:.1f} s)")
     return paths

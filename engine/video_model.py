@@ -78,6 +78,13 @@ class VideoModel(nn.Module):
         """
         raise NotImplementedError
 
+    def lighten(self, dtype: str) -> str:
+        """Lets the trained part multiply in `dtype`: float32, bfloat16, int8, or auto for the fastest here, which is
+        returned. What it makes may differ by rounding; a model that is to be trained must not be lightened."""
+        if dtype not in ("auto", "float32"):
+            raise ValueError(f"a {self.noun} multiplies in float32 alone; leave dtype={dtype} out")
+        return "float32"
+
     def task(self, name: str) -> Task:
         if name not in self.tasks:
             raise ValueError(f"this model has no task {name!r}; it was trained for {', '.join(self.tasks)}")

@@ -79,6 +79,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
         # is_causal counts from the first row, so all rows take part and those of the prefix are dropped
         causal = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         parts.append(causal[:, :, inside:])
+    elif rest and q.device.type == "cpu" and not torch.is_grad_enabled():
+        # a window of tokens in decoding: a mask would be made here in any case, and so it is made once for all layers
+        bias = _bias(rest, k.shape[2], 0, q.dtype, q.device)
+        window = q[:, :, inside:]
+        parts.append(F.scaled_dot_product_attention(window, k, v, attn_mask=bias, enable_gqa=grouped))
     elif rest:
         k, v = _repeat(q, k, v)
         bias = causal_lower_right(rest, k.shape[2])

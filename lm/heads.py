@@ -174,8 +174,13 @@ class Head(nn.Module):
         return self.logits(hidden)
 
     @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Number of values of each part of a code."""
+        return (self.size,)
+
+    @property
     def size_of_logits(self) -> int:
-        return self.size
+        return sum(self.part_sizes)
 
     def sample(self, hidden: Tensor, sampler: Callable[[Tensor], Tensor]) -> Tensor:
         """Ids `(...)` drawn from the distribution after `hidden (..., width)`.
@@ -273,8 +278,8 @@ class Factorized(Head):
             nn.init.zeros_(scores.weight)
 
     @property
-    def size_of_logits(self) -> int:
-        return sum(1 << n for n in self.bits)
+    def part_sizes(self) -> tuple[int, ...]:
+        return tuple(1 << n for n in self.bits)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         return sum(table(part) for table, part in zip(self.tables, self.split(codes), strict=True))

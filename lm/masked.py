@@ -55,7 +55,6 @@ class MaskedSampling(Sampling):
     noise: scale of the Gumbel noise on the confidence that decides which tokens stay, falling to 0 over the steps;
         0: the surest stay, very large: any.
     final_temperature: what the temperature moves to over the steps; None: it stays.
-    guidance_schedule: "linear" lets guidance grow from 1 to its scale over the steps, "constant" keeps it.
     by_frame: each latent frame is filled in before the next one is begun (Genie).
     """
 
@@ -63,7 +62,6 @@ class MaskedSampling(Sampling):
     schedule: str = "cosine"
     noise: float = 4.5
     final_temperature: float | None = None
-    guidance_schedule: str = "constant"
     by_frame: bool = False
 
     def __post_init__(self) -> None:
@@ -73,15 +71,13 @@ class MaskedSampling(Sampling):
             raise ValueError(f"steps is 1 or more; got {self.steps}")
         if self.noise < 0 or (self.final_temperature or 0) < 0:
             raise ValueError(f"noise and final_temperature are 0 or more; got {self.noise}, {self.final_temperature}")
-        if self.guidance_schedule not in ("constant", "linear"):
-            raise ValueError(f"guidance_schedule is constant or linear; got {self.guidance_schedule}")
 
     def temperature_at(self, progress: float) -> float:
         last = self.temperature if self.final_temperature is None else self.final_temperature
         return self.temperature + (last - self.temperature) * progress
 
     def guidance_at(self, progress: float) -> float:
-        return 1 + (self.guidance - 1) * (progress if self.guidance_schedule == "linear" else 1.0)
+        return float(self.scale(torch.tensor(progress)))
 
 
 class Masked(nn.Module):

@@ -1,18 +1,22 @@
-"""From scores to ids: samplers are functions, and generation is a loop over them."""
+"""From scores to ids: how tokens are chosen. In which passes they are made is decoding.py's matter."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from reelm.lm.heads import Head
-from reelm.lm.sequence import Sequence
-from reelm.lm.transformer import Transformer
-
 Generators = torch.Generator | list[torch.Generator] | None
+
+FEW = 64  # tokens among which those that reach top_p are looked for first
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {  # share of the guidance after a share of the tokens
+    "constant": torch.ones_like,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - (math.pi * progress).cos()) / 2,
+}
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,18 @@ class Sampling:
     top_k: only the k most probable tokens; 0: all.
     top_p: only the most probable tokens that together reach this probability; 1: all.
     guidance: scale of classifier-free guidance; 1: none.
+    guidance_schedule: "constant", or guidance that grows from 1 at the first token to its scale at the last: "linear"
+        (as in Muse, arXiv:2301.00704, section 2.7) or "cosine".
+    decoding: in which passes the tokens are made (`decoding.Decoding`); None: one after the other, or in those that the
+        caller prefers.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: str = "constant"
+    decoding: Callable | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -39,6 +49,16 @@ class Sampling:
             raise ValueError(f"top_p lies in (0, 1]; got {self.top_p}")
         if self.guidance < 0:
             raise ValueError(f"guidance is 0 or more (1: none); got {self.guidance}")
+        if self.guidance_schedule not in SCHEDULES:
+            raise ValueError(f"guidance_schedule is one of {', '.join(SCHEDULES)}; got {self.guidance_schedule}")
+
+    def scale(self, progress: Tensor) -> Tensor:
+        """Scales of guidance where this share of the tokens, in [0, 1], is made."""
+        return 1 + (self.guidance - 1) * SCHEDULES[self.guidance_schedule](progress)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """`truncated` with this temperature and these limits."""
+        return truncated(logits, self.temperature, self.top_k, self.top_p)
 
 
 def seeded(seeds: list[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
@@ -50,106 +70,63 @@ def exponential(like: Tensor, generator: Generators) -> Tensor:
     """Standard exponential noise of a tensor's shape; with one generator a sample, each fills its row."""
     noise = torch.empty_like(like)
     if isinstance(generator, list):
-        if len(generator) != len(like):
-            raise ValueError(f"{len(generator)} generators for {len(like)} samples; give one a sample")
+        if len(generator) != len(noise):
+            raise ValueError(f"{len(generator)} generators for {len(noise)} samples; give one a sample")
         for row, one in zip(noise, generator, strict=True):
             row.exponential_(generator=one)
-        return noise
-    return noise.exponential_(generator=generator)
+    else:
+        noise.exponential_(generator=generator)
+    return noise.clamp_min_(1e-30)  # a drawn 0 would make 0 / 0
 
 
-def _sorted(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores, the highest first, and whose they are."""
-    if logits.device.type != "cpu":
-        return logits.sort(-1, descending=True)
-    rows = [row.sort(descending=True) for row in logits.contiguous()]  # 10 times as fast as all rows at once
-    return torch.stack([row.values for row in rows]), torch.stack([row.indices for row in rows])
+def truncated(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """What tokens are drawn from, `(..., V)` float32 that sums to one, for logits `(..., V)`. See `Sampling`.
+
+    Nucleus sampling (arXiv:1904.09751) keeps the token with which the sum first reaches `top_p`.
+    """
+    size = logits.shape[-1]
+    if temperature == 0:
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if 0 < top_k < size:
+        best, tokens = logits.topk(top_k)  # sorted, the most probable first
+        kept = (best.float() / temperature).softmax(-1)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, tokens, _nucleus(kept, top_p))
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p == 1:
+        return probabilities
+    kept, tokens = probabilities.topk(min(FEW, size))
+    if size > FEW and bool((kept.sum(-1) < top_p).any()):  # otherwise sorting them all, which takes long, is spared
+        kept, tokens = probabilities.sort(-1, descending=True)
+    return torch.zeros_like(probabilities).scatter_(-1, tokens, _nucleus(kept, top_p))
+
+
+def _nucleus(kept: Tensor, top_p: float) -> Tensor:
+    """The most probable of sorted probabilities that together reach `top_p`, made to sum to one."""
+    if top_p < 1:
+        kept = kept.masked_fill(kept.cumsum(-1) - kept >= top_p, 0.0)
+        kept /= kept.sum(-1, keepdim=True)
+    return kept
+
+
+def race(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Draws one token a row: the smallest of exponential noise over probability wins with that probability.
+
+    The same noise draws the same token again as long as the probabilities change little (the Gumbel coupling).
+    """
+    return (probabilities / noise).argmax(-1)
 
 
 def sample_logits(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: Generators = None,
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: Generators = None
 ) -> Tensor:
-    """Draws one token a row from logits `(..., V)`: `(...)` int64. See `Sampling` for the arguments.
-
-    Nucleus sampling (arXiv:1904.09751) keeps the token with which the sum first reaches `top_p`. The draw is a race
-    of exponential clocks: the smallest of noise over probability wins with that probability.
-    """
+    """Draws one token a row from logits `(..., V)`: `(...)` int64. See `Sampling` for the arguments."""
     if temperature == 0:
         return logits.argmax(-1)
-    size = logits.shape[-1]
-    if 0 < top_k < size:
-        logits, tokens = logits.topk(top_k)  # sorted, the most probable first
-    elif top_p < 1:
-        logits, tokens = _sorted(logits)
-    else:
-        tokens = None
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    noise = exponential(probabilities, generator).clamp_min_(1e-30)  # a drawn 0 would make 0 / 0
-    choice = (probabilities / noise).argmax(-1)
-    return choice if tokens is None else tokens.gather(-1, choice[..., None]).squeeze(-1)
+    probabilities = truncated(logits, temperature, top_k, top_p)
+    return race(probabilities, exponential(probabilities, generator))
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598): the first half of the rows is conditional, the second is not."""
     conditional, unconditional = logits.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
-
-
-def generate(
-    transformer: Transformer,
-    head: Head,
-    sequence: Sequence,
-    positions: Tensor,
-    sampling: Sampling = Sampling(),
-    unconditional: Sequence | None = None,
-    generator: Generators = None,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Continues a sequence token by token.
-
-    Args:
-        sequence: all that is known, tokens of the target among them; its prefix is read in both directions.
-        positions: `(B, steps, 3)` or `(steps, 3)`: where the tokens to make are, in the order of making.
-        unconditional: the same without the condition, of the same shape; needed for guidance other than 1. Both are
-            computed as one batch.
-        generator: for the whole batch, or one a sample (`seeded`).
-        callback: called with the number of tokens made and the newest `(B,)` ids after each step.
-
-    Returns ids `(B, steps)`.
-    """
-    batch, steps = len(sequence), positions.shape[-2]
-    positions = positions.expand(batch, steps, 3)
-    copies = 1 if sampling.guidance == 1 else 2
-    sequence = sequence.replace(loss=None)
-    if copies == 2:
-        if unconditional is None:
-            raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
-        sequence = Sequence.cat([sequence, unconditional.replace(loss=None)])
-        positions = positions.repeat(2, 1, 1)
-
-    def sampler(logits: Tensor) -> Tensor:
-        if copies == 2:
-            logits = guide(logits, sampling.guidance)
-        return sample_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
-
-    ids = positions.new_empty(batch, steps)
-    cache = transformer.new_cache(len(sequence), sequence.length + steps)
-    current = sequence.replace(next_positions=torch.cat([sequence.positions[:, 1:], positions[:, :1]], 1))
-    with torch.inference_mode():
-        for step in range(steps):
-            hidden = transformer(head.embed(current.ids), current, cache)
-            newest = head.sample(hidden[:, -1], sampler)
-            ids[:, step] = newest
-            if callback is not None:
-                callback(step + 1, newest)
-            here, following = positions[:, step : step + 1], positions[:, step + 1 : step + 2]
-            if step + 1 < steps:
-                current = Sequence(newest.repeat(copies)[:, None], here, prefix=0, next_positions=following)
-    return ids

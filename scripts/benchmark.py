@@ -6,7 +6,7 @@ import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from reelm.engine import tokenizer_benchmark
+from reelm.engine import benchmark_decode, tokenizer_benchmark
 from reelm.engine.benchmark import SUITES, Settings, random_model, run
 from reelm.engine.tokenizer_benchmark import Peers
 from reelm.engine.video_lm import load
@@ -36,7 +36,11 @@ def main(cfg: DictConfig) -> None:
         model, weights = None, "random"
     if model is None:
         model = random_model(data.train, instantiate(cfg.tokenizer), instantiate(cfg.lm), instantiate(cfg.head))
-    run(model, data, settings, Path(cfg.output), {"model": cfg.model, "weights": weights})
+    about = {"model": cfg.model, "weights": weights}
+    if cfg.suite == "decode":
+        benchmark_decode.run(model, settings, cfg.clips, Path(cfg.output), about)
+    else:
+        run(model, data, settings, Path(cfg.output), about)
 
 
 if __name__ == "__main__":

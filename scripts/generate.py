@@ -7,14 +7,16 @@ from reelm.engine.generation import Inputs, Job, run_job
 from reelm.scripts.common import program
 
 
-@program("generate", words=("prompt", "image", "last", "video", "mask", "output", "model"))
+@program("generate", words=("prompt", "image", "last", "video", "mask", "output", "model", "tokens"))
 def main(cfg: DictConfig) -> None:
     inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start)
     task = cfg.task.get("name", "mixture") if cfg.get("task") else None
-    job = Job(cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    own = {name: value for name, value in settings["sampler"].items() if value is not None}
-    run_job(job, instantiate(cfg.sampler) if "_target_" in own else own, settings)
+    job = Job(cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known,
+              cfg.dtype, cfg.tokens)  # fmt: skip
+    sampling = instantiate(cfg.sampler, _convert_="all")
+    if isinstance(sampling, dict):  # changes of the model's own way
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+    run_job(job, sampling, OmegaConf.to_container(cfg, resolve=True))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,12 @@ def test_the_built_in_data_need_nothing():
     assert isinstance(data, ClipData) and data.batch_size == 2 and data.train.get(0).captions[0]
 
 
+@pytest.mark.parametrize("name", ["one_by_one", "jacobi", "fast", "blocks", "diagonal"])
+def test_ways_of_decoding_change_the_passes_alone(name):
+    changes = instantiate(composed(f"sampler={name}", name="generate").sampler, _convert_="all")
+    assert callable(changes.pop("decoding")) and not any(changes.values())
+
+
 def test_optimisation_and_sampler_build():
     assert isinstance(instantiate(composed("stage=tokenizer").stage.optimisation), Optimisation)
     assert instantiate(composed().sampler).guidance > 1

@@ -1,6 +1,7 @@
 """What a user hands to generate, and what comes out."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from reelm.data.reading import probe, read_video
 from reelm.data.writing import write_image, write_video
 from reelm.engine.generation import Inputs, Job, make, run_job
 from reelm.engine.video_lm import VideoLM
+from reelm.lm.decoding import OneByOne, Run
 from reelm.lm.heads import Chained
 from reelm.lm.language_model import LanguageModel
+from reelm.lm.parallel import Diagonal
 from reelm.lm.sampling import Sampling
+from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
@@ -120,6 +124,42 @@ def test_a_job_leaves_a_clip_a_sheet_and_a_record(box, tmp_path, capsys):
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == "a red star" and record["task"] == "t2v" and record["seeds"] == [0, 1]
     assert len(record["language_model"]) == 16 and record["seconds"]["make"] > 0
+
+
+@pytest.mark.parametrize("decoding", [OneByOne(), Jacobi(4), Diagonal()], ids=str)
+def test_an_interrupted_job_keeps_its_tokens_and_goes_on_exactly(box, tmp_path, capsys, monkeypatch, decoding):
+    sampling = Sampling(decoding=decoding)
+    job = Job(str(box), None, Inputs("a red star"), str(tmp_path / "a.mp4"), frames=13, samples=2, dtype="float32")
+    run_job(job, sampling, {})
+    whole = [(tmp_path / f"a_{i}.mp4").read_bytes() for i in range(2)]
+    passes, calls = json.loads((tmp_path / "a.json").read_text())["passes"], []
+
+    def choose(run, *arguments, real=Run.choose):
+        calls.append(1)
+        if len(calls) == passes - 3:  # in the second window
+            raise KeyboardInterrupt
+        return real(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "choose", choose)
+        patch.setattr("sys.argv", ["scripts/generate.py", "prompt='a red star'"])
+        with pytest.raises(KeyboardInterrupt):
+            run_job(replace(job, output=str(tmp_path / "b.mp4")), sampling, {})
+    said, kept = capsys.readouterr().err.splitlines(), tmp_path / "b.tokens.safetensors"
+    assert said[-1] == f"python scripts/generate.py 'prompt='\"'\"'a red star'\"'\"'' tokens={kept}"
+    assert not (tmp_path / "b_0.mp4").exists() and "tokens of each clip are kept" in said[-2]
+    run_job(replace(job, output=str(tmp_path / "b.mp4"), tokens=str(kept), dtype="auto"), sampling, {})
+    assert [(tmp_path / f"b_{i}.mp4").read_bytes() for i in range(2)] == whole
+    again = json.loads((tmp_path / "b.json").read_text())
+    assert again["passes"] < passes or isinstance(decoding, Diagonal)
+    assert again["dtype"] == "float32"  # that of the tokens
+    with pytest.raises(ValueError, match=r"were made with seeds \[0, 1\], not \[1, 2\]; give the same"):
+        run_job(replace(job, tokens=str(kept), seed=1), sampling, {})
+    kept.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is not a file of tokens"):
+        run_job(replace(job, tokens=str(kept)), sampling, {})
+    with pytest.raises(FileNotFoundError, match="tokens=... is what an interrupted call named"):
+        run_job(replace(job, tokens=str(tmp_path / "nowhere")), sampling, {})
 
 
 def test_the_same_seed_gives_the_same_clip(model):

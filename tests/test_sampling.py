@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from reelm.lm.decoding import generate
 from reelm.lm.heads import Categorical, Factorized
-from reelm.lm.sampling import Sampling, generate, guide, sample_logits, seeded
+from reelm.lm.sampling import Sampling, guide, sample_logits, seeded, truncated
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
@@ -50,6 +51,19 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(p):
     number = next(n for n in range(1, 9) if probabilities[:n].sum() >= p)
     kept = order[:number]
     assert agrees(counts(top_p=p), torch.zeros(8).index_copy(0, kept, LOGITS[kept].softmax(-1)))
+
+
+def test_top_p_among_many_tokens_equals_sorting_them_all():
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[9.0], [3], [1], [1], [0.1], [5]]
+    )
+    for rows in (logits[:2], logits):  # a few tokens are enough for all rows, or not
+        got = truncated(rows, 1.0, 0, 0.9)
+        order = rows.softmax(-1).sort(-1, descending=True)
+        number = (order.values.cumsum(-1) < 0.9).sum(-1) + 1
+        for row, best, n, p in zip(got, order.indices, number, rows.softmax(-1), strict=True):
+            torch.testing.assert_close(row[best[:n]], p[best[:n]] / p[best[:n]].sum())
+            assert (row > 0).sum() == n
 
 
 def test_top_p_counts_within_top_k():
@@ -168,7 +182,7 @@ def test_the_callback_sees_each_token_as_it_is_made():
     conditional, _, positions = prompts()
     seen = []
     ids = generate(transformer, head, conditional, positions, callback=lambda n, new: seen.append((n, new.tolist())))
-    assert seen == [(n + 1, ids[:, n].tolist()) for n in range(STEPS)]
+    assert seen == [(n + 1, ids[:, n : n + 1].tolist()) for n in range(STEPS)]
 
 
 def test_tokens_made_can_be_learnt_from():

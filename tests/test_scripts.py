@@ -464,6 +464,16 @@ def test_tokenizers_are_measured_without_peers(tmp_path):
     assert {row["what"] for row in results["rows"]} == {"encode", "decode"} and "conv3d fp32" in results["ceilings"]
 
 
+def test_ways_of_decoding_are_measured(tmp_path):
+    output, small = tmp_path / "b.json", ("tokenizer=tiny", "lm=tiny", "data.train.size=[32,32]", "data.train.frames=5")
+    assert program("benchmark", "suite=decode", "quick=true", "model=null", *small, f"output={output}") == 0
+    results = json.loads(output.read_text())
+    assert not results["trustworthy"] and results["costs"]["times_transformers"]["float32"] > 0
+    ways = results["ways"]
+    assert ways["Jacobi (float32)"]["same_tokens"] == ways["one by one (float32) again"]["same_tokens"] == 1
+    assert ways["Jacobi, at least 16 (float32)"]["passes"] <= ways["one by one (float32)"]["passes"] / 16 + 1
+
+
 def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
     clip = write_video(tmp_path / "a, [b].mp4", Clip(torch.rand(1, 3, 9, 33, 47) * 2 - 1))
     output = tmp_path / "out.mp4"

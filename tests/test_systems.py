@@ -12,11 +12,12 @@ from hydra.utils import instantiate
 from reelm.data.clip import Clip
 from reelm.engine.video_lm import VideoLM
 from reelm.lm import layouts
+from reelm.lm.decoding import generate
 from reelm.lm.heads import Categorical
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling
 from reelm.lm.pixelcnn import PixelCNN
-from reelm.lm.sampling import Sampling, generate
+from reelm.lm.sampling import Sampling
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
 from reelm.scripts.common import check

@@ -12,6 +12,7 @@ from reelm.diffusion.model import Diffusion
 from reelm.diffusion.objectives import Flow
 from reelm.diffusion.solvers import Denoising
 from reelm.engine.generation import Inputs, Job, make, run_job
+from reelm.engine.store import describe
 from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_lm import load
 from reelm.lm.sampling import Sampling
@@ -138,4 +139,4 @@ def test_settings_change_the_model_s_own_way_to_sample(model, folder, tmp_path):
         run_job(job, Sampling(), {})
     run_job(job, {"steps": 3}, {})
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["sampling"] == {"steps": 3, "solver": "euler", "guidance": 2.0} and record["diffusion_model"]
+    assert record["sampling"] == describe(Denoising(3, guidance=2.0)) and record["diffusion_model"]

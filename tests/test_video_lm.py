@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from reelm.engine.video_lm import VideoLM, load
+from reelm.lm.decoding import OneByOne
 from reelm.lm.heads import Categorical
 from reelm.lm.language_model import LanguageModel
+from reelm.lm.parallel import Diagonal
 from reelm.lm.sampling import Sampling
+from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
@@ -176,7 +179,30 @@ def test_every_task_generates(model, task):
     clip = model.generate(given, task.name, progress=lambda made, asked: calls.append((made, asked)))
     assert clip.video.shape == (2, 3, *SHAPE)
     asked = 12 - 4 * (given.leading > 0)  # a grid of 3 x 2 x 2
-    assert calls == [(i, asked) for i in range(1, asked + 1)]
+    assert calls[-1] == (asked, asked) and calls == sorted(set(calls))
+
+
+@pytest.mark.parametrize("decoding", [OneByOne(), Jacobi(5), Diagonal()], ids=str)
+def test_a_stream_gives_the_frames_of_the_clip_as_soon_as_their_tokens_exist(model, decoding):
+    sampling = Sampling(temperature=0.8, decoding=decoding)
+    for given, task in ((PROMPTS, "t2v"), (known_first(video(2)), "i2v")):
+        count, pieces = [0], []
+
+        def progress(made: int, _: int, count: list[int] = count) -> None:
+            count[0] = made
+
+        for piece in model.stream(given, task, sampling, seed=1, progress=progress):
+            pieces.append((piece, count[0]))
+        whole = model.generate(given, task, sampling, seed=1).video
+        assert torch.equal(torch.cat([piece for piece, _ in pieces], 2), whole)
+        first = pieces[0][0].shape[2]
+        assert (first, pieces[0][1]) == (5, 0) if task == "i2v" else (first == 1 and 4 <= pieces[0][1] <= 8)
+
+
+def test_a_way_of_decoding_is_saved(model, tmp_path):
+    other = VideoLM(model.tokenizer, model.text, model.lm, model.tasks, SHAPE, sampling=Sampling(decoding=Jacobi(5)))
+    other.save_pretrained(tmp_path / "model")
+    assert VideoLM.from_pretrained(tmp_path / "model").sampling == other.sampling
 
 
 def test_an_image_is_generated(model):
