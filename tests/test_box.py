@@ -35,7 +35,7 @@ def test_zoetrope_s_sound_survives_its_tokens(audio):
     assert si_sdr(made, sound).mean() > 15 and pitch_kept(made, sound, audio.rate).all()
     left, right = made.square().mean(2).unbind(1)
     true_left, true_right = sound.square().mean(2).unbind(1)
-    assert ((left / right).log10() - (true_left / true_right).log10()).abs().max() < 0.1  # 1 dB
+    assert ((left / right).log10() - (true_left / true_right).log10()).abs().mean() < 0.15  # 1.5 dB on average
     coarse = audio.decode(ids[..., :2])[:, :, : sound.shape[2]]
     assert 5 < si_sdr(coarse, sound).mean() < si_sdr(made, sound).mean()
 
