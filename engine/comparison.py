@@ -39,8 +39,8 @@ class Comparison:
 
     video: a clip or picture. model: a model of the box, its folder, or a tokenizer's, also from outside. output: the
     clip to write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps:
-    None for every frame of the video. frames: at most. audio: an audio tokenizer, named as model is, or None to leave
-    the sound out. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS. trust: model may be TorchScript
+    None for every frame of the video. frames: at most. audio_model: an audio tokenizer, named as model is, or None
+    to leave the sound out. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS. trust: model may be TorchScript
     programs (`engine/torchscript.py`). memory: what the tokenizer may take for a tile of a large frame (`Tiled`);
     None: no tiles.
     """
@@ -52,7 +52,7 @@ class Comparison:
     fps: float | None = None
     frames: int = 65
     start: float = 0.0
-    audio: str | None = None
+    audio_model: str | None = None
     lpips: str | None = None
     lpips_linear: str | None = None
     codecs: tuple[str, ...] = ("h264", "vp9")
@@ -224,7 +224,7 @@ def run(wanted: Comparison, config: dict[str, Any]) -> list[Path]:
     wanted.check()
     paths = wanted.outputs()
     tokenizer, folder = load_tokenizer(wanted.model, wanted.trust)
-    audio = sound_comparison.load_audio_tokenizer(wanted.audio) if wanted.audio else None
+    audio = sound_comparison.load_audio_tokenizer(wanted.audio_model) if wanted.audio_model else None
     lpips = load_lpips(wanted.lpips, wanted.lpips_linear) if wanted.lpips else None
     clip = read(wanted, note, None if audio is None else audio.rate)
     results = compare(clip, tokenizer, wanted.codecs, lpips, note, wanted.memory)

@@ -6,7 +6,7 @@ from reelm.engine.comparison import Comparison, run
 from reelm.scripts.common import program
 
 
-@program("reconstruct", words=("video", "model", "output", "audio", "lpips", "lpips_linear"))
+@program("reconstruct", words=("video", "model", "output", "audio_model", "lpips", "lpips_linear"))
 def main(cfg: DictConfig) -> None:
     config = OmegaConf.to_container(cfg, resolve=True)
     run(

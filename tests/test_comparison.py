@@ -130,7 +130,7 @@ def test_a_clip_is_heard_as_its_tokens_tell_it(tokenizer, tmp_path, capsys):
     wanted = {
         "model": str(tokenizer),
         "codecs": (),
-        "audio": str(tmp_path / "audio"),
+        "audio_model": str(tmp_path / "audio"),
         "output": str(tmp_path / "c.mp4"),
     }
     run(Comparison(str(clip), **wanted), {})
@@ -142,7 +142,7 @@ def test_a_clip_is_heard_as_its_tokens_tell_it(tokenizer, tmp_path, capsys):
     run(Comparison(str(mute), **wanted), {})
     assert "b.mp4 has no sound" in capsys.readouterr().err and not probe(tmp_path / "c.mp4").has_audio
     with pytest.raises(ValueError, match="holds a MAGVIT2, which is no audio tokenizer"):
-        run(Comparison(str(mute), **wanted | {"audio": str(tokenizer)}), {})
+        run(Comparison(str(mute), **wanted | {"audio_model": str(tokenizer)}), {})
 
 
 def test_a_photo_is_a_clip_of_one_frame(tokenizer, material, tmp_path):

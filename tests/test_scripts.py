@@ -484,6 +484,8 @@ def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
     assert record["config"]["size"] == record["size"] == [32, 40] and set(record["results"]) == {"tokenizer", "h264"}
     assert record["results"]["tokenizer"]["bits"] == 12 * 2 * 4 * 5
     assert "PSNR dB" in capsys.readouterr().out
+    assert program("reconstruct", *common, "size=[32,40]", "frames=5", "codecs=[]", "audio_model=zoetrope") == 0
+    assert "has no sound" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
