@@ -40,9 +40,9 @@ class Comparison:
     video: a clip or picture. model: a model of the box, its folder, or a tokenizer's, also from outside. output: the
     clip to write (.mp4, .webm, .gif). size: one side of a square, (height, width), or None for the video's own. fps:
     None for every frame of the video. frames: at most. audio_model: an audio tokenizer, named as model is, or None
-    to leave the sound out. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS. trust: model may be TorchScript
-    programs (`engine/torchscript.py`). memory: what the tokenizer may take for a tile of a large frame (`Tiled`);
-    None: no tiles.
+    to leave the sound out. lpips, lpips_linear: files of weights (`LPIPS`). codecs: of CODECS. trust: model may be
+    TorchScript programs (`engine/torchscript.py`). memory: what the tokenizer may take for a tile of a large frame
+    (`Tiled`); None: no tiles.
     """
 
     video: str | None
