@@ -276,3 +276,17 @@ def _moved(mask, by, axis):
     edge[axis] = 0 if by > 0 else -1
     moved[tuple(edge)] = False
     return moved
+
+
+def test_motions_can_be_chosen():
+    data = Zoetrope(motions=["bounce"], length=50)
+    scenes = [data.scene(index) for index in range(50)]
+    assert {thing.motion for scene in scenes for thing in scene.objects} == {"bounce"}
+    assert len({scene.camera for scene in scenes}) > 1 and len({len(scene.objects) for scene in scenes}) > 1
+    left = Zoetrope(motions=["left"], length=50)  # which nothing does under a moving camera
+    assert {left.scene(index).camera for index in range(50)} == {"static"}
+    assert Zoetrope(length=50).scene(3) == Zoetrope(length=50, motions=()).scene(3)
+    with pytest.raises(ValueError, match="no motion 'fly'"):
+        Zoetrope(motions=["fly"])
+    with pytest.raises(ValueError, match="held-out motions"):
+        Zoetrope("compositional", motions=["bounce"])

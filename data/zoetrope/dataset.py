@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from reelm.data.clip import Clip
 from reelm.data.zoetrope.captions import caption
 from reelm.data.zoetrope.render import render
-from reelm.data.zoetrope.scene import SPLITS, Scene, sample_scene
+from reelm.data.zoetrope.scene import MOTIONS, SPLITS, Scene, sample_scene
 from reelm.data.zoetrope.sound import sound
 from reelm.data.zoetrope.truth import truth
 
@@ -26,7 +26,8 @@ class Zoetrope(Dataset[Clip]):
     size: pixels, one number or (height, width). short_captions: share of captions that tell only colours, shapes and
     motions. moving_camera: share of the scenes with a textured background in which the camera moves. controls: which
     truths every clip carries, of "depth", "flow", "camera" and "mask" (all objects together). audio: carry the scene's
-    stereo sound, `frames / fps` seconds at 16 kHz (an image has none).
+    stereo sound, `frames / fps` seconds at 16 kHz (an image has none). motions: what objects may do, where it is not
+    all that they can ("train" and "validation" alone).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Zoetrope(Dataset[Clip]):
         moving_camera: float = 0.45,
         controls: Sequence[str] = (),
         audio: bool = False,
+        motions: Sequence[str] = (),
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -50,11 +52,16 @@ class Zoetrope(Dataset[Clip]):
         unknown = [name for name in controls if name not in CONTROLS]
         if unknown:
             raise ValueError(f"Zoetrope has no control {unknown[0]!r}: choose from {', '.join(CONTROLS)}")
+        strange = [name for name in motions if name not in MOTIONS]
+        if strange:
+            raise ValueError(f"Zoetrope has no motion {strange[0]!r}: choose from {', '.join(MOTIONS)}")
+        if motions and split == "compositional":
+            raise ValueError("the compositional split is made of held-out motions; leave motions=[]")
         self.split, self.frames, self.fps = split, frames, fps
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.seed, self.length = seed, length
         self.short_captions, self.moving_camera = short_captions, moving_camera
-        self.controls, self.audio = tuple(controls), audio
+        self.controls, self.audio, self.motions = tuple(controls), audio, tuple(motions)
 
     def __len__(self) -> int:
         return self.length
@@ -68,8 +75,8 @@ class Zoetrope(Dataset[Clip]):
         number = self._checked(index)
         if frames == 1:
             return sample_scene(self.seed, self.split, number, still=True)
-        moving = self.moving_camera
-        return sample_scene(self.seed, self.split, number, seconds=frames / self.fps, moving_camera=moving)
+        options = {"moving_camera": self.moving_camera, "only": self.motions}
+        return sample_scene(self.seed, self.split, number, seconds=frames / self.fps, **options)
 
     def caption(self, index: int, frames: int | None = None) -> str:
         """The caption of a clip, without drawing it."""

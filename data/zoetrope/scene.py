@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -188,12 +189,20 @@ def bounce_times(thing: Object, seconds: float) -> list[float]:
 
 
 def sample_scene(
-    seed: int, split: str, index: int, *, still: bool = False, seconds: float = 2.125, moving_camera: float = 0.45
+    seed: int,
+    split: str,
+    index: int,
+    *,
+    still: bool = False,
+    seconds: float = 2.125,
+    moving_camera: float = 0.45,
+    only: Sequence[str] = (),
 ) -> Scene:
     """The scene numbered `index` of a split: the same arguments give the same scene on every machine.
 
     still: for images; every object is still and so is the camera. seconds: the time the motions are planned for.
-    moving_camera: share of the scenes with a textured background in which the camera moves.
+    moving_camera: share of the scenes with a textured background in which the camera moves. only: motions, where others
+    are not wanted.
     Scenes of "train" and "validation" contain no triple of `HELD_OUT`, those of "compositional" at least one.
     """
     if split not in SPLITS:
@@ -206,7 +215,11 @@ def sample_scene(
     camera = "static"
     if background in TEXTURED and not still and camera_draw < moving_camera:
         camera = CAMERAS[1 + int(way_draw * (len(CAMERAS) - 1))]
+    if only and not set(only) & set(MOVING_CAMERA_MOTIONS):
+        camera = "static"
     motions = ("still",) if still else MOTIONS if camera == "static" else MOVING_CAMERA_MOTIONS
+    if only and not still:
+        motions = tuple(motion for motion in motions if motion in only)
 
     objects: list[Object] = []
     for attempt in range(12):  # a crowd that does not fit is placed, and at times drawn, again
