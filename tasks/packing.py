@@ -4,9 +4,10 @@
 
 Everything before the bar is the prefix. Because the tokenizer is causal, the tokens of the first known frames are the
 first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Known
-frames further on go in as images at their own time, anything else that is known as a clip with the unknown pixels grey,
-whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a multiple of 8, as ordinary tokens, so
-that no attention mask is needed; leaving the prompt out (classifier-free guidance) means <pad> in place of the text.
+frames further on go in as images at their own time, several in a row as a clip, anything else that is known as a clip
+with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
+multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
+guidance) means <pad> in place of the text.
 The end tokens are left out: the length is asked for, not predicted.
 
 For a masked head the tokens to predict are columns of the sequence from the start, and what is known beyond the leading
@@ -97,10 +98,10 @@ class Packer(Preparing):
             return pieces
         frames = given.known[:, :, leading:].flatten(3)
         whole = frames.all(-1).all(0)[0]
-        if (whole == frames.any(-1).any(0)[0]).all():  # whole frames only: images at their time
-            for frame in (leading + whole.nonzero()[:, 0]).tolist():
-                ids, positions, latents = self._video_tokens(given.video[:, :, frame : frame + 1])
-                time = -(-frame // self.tokenizer.compression[0])
+        if (whole == frames.any(-1).any(0)[0]).all():  # whole frames only: clips and images at their time
+            for start, stop in self._stretches((leading + whole.nonzero()[:, 0]).tolist()):
+                ids, positions, latents = self._video_tokens(given.video[:, :, start:stop])
+                time = -(-start // self.tokenizer.compression[0])
                 pieces.append((ids, positions + torch.tensor([time, 0, 0], device=ids.device), latents))
             return pieces
         pieces.append(self._known_tokens(given.video, given.known))
@@ -128,6 +129,20 @@ class Packer(Preparing):
         missing = given.shape[0] - given.video.shape[2]
         video, known = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (given.video, given.known))
         return self._known_tokens(interpolate(video, known), known)[0]
+
+    def _stretches(self, frames: list[int]) -> list[tuple[int, int]]:
+        """First and last-plus-one of the clips of `1 + step * k` frames that known frames make: of each row of them as
+        much as ends with its last frame, and what is before that frame by frame."""
+        rows: list[list[int]] = []
+        for frame in frames:
+            if not rows or frame > rows[-1][-1] + 1:
+                rows.append([])
+            rows[-1].append(frame)
+        found = []
+        for row in rows:
+            alone = (len(row) - 1) % self.tokenizer.compression[0]
+            found += [(frame, frame + 1) for frame in row[:alone]] + [(row[alone], row[-1] + 1)]
+        return found
 
     def _video_tokens(self, video: Tensor) -> Piece:
         tokens = self.tokenizer.encode(video)
