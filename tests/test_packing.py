@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from reelm.data.clip import Clip
-from reelm.lm.vocabulary import Special, Vocabulary, task_token
+from reelm.lm.vocabulary import (
+    Special,
+    Vocabulary,
+    duration_token,
+    frame_rate_token,
+    resolution_token,
+    task_token,
+)
+from reelm.tasks.formats import Format, Formats
 from reelm.tasks.generation import Generation
 from reelm.tasks.known_frames import KnownFrames, Loop, forth_and_back
 from reelm.tasks.packing import CONDITION_TIME, TEXT_TIME, Packer
@@ -147,6 +155,36 @@ def test_each_column_knows_the_place_of_the_token_it_predicts(packer, task):
     first = PLACES[LATENTS_KNOWN.get(task.name, 0) * PER_FRAME]
     assert sequence.next_positions[0, sequence.prefix - 1].tolist() == first
     assert packer.pack(given, task.marker).next_positions[1, -1].tolist() == first
+
+
+@pytest.mark.parametrize("frames", [17, 1])
+def test_formats_are_told_after_the_task(packer, frames):
+    formats = Formats((Format(17, (32, 32)), Format(17, (16, 24), 12.0), Format(9, (16, 24))))
+    told = Packer(packer.tokenizer, packer.text, packer.vocabulary, formats=formats)
+    whole = clip(frames).replace(fps=12.0)
+    task = KnownFrames("continuation", first=(9,)) if frames > 1 else Generation("t2i", frames=1)
+    target = packer.tokenizer.encode(whole.video)
+    with_format, plain = (one.pack(split(task, whole), task.marker, target) for one in (told, packer))
+    asked = [resolution_token(1), *([frame_rate_token(12)] if frames > 1 else []), duration_token(len(target[0]))]
+    more = len(asked)
+    assert with_format.ids[:, 2 : 2 + more].tolist() == [asked, asked]
+    places = with_format.positions[0]
+    assert places[2 : 2 + more].tolist() == [[TEXT_TIME, 8 + i, 0] for i in range(more)]
+    assert len(set(map(tuple, places.tolist()))) == len(places)
+    # all else is as in a model that is told no format
+    assert with_format.prefix == plain.prefix + more and with_format.length == plain.length + more
+    for name in ("ids", "positions", "loss"):
+        value = getattr(with_format, name)
+        assert torch.equal(torch.cat([value[:, :2], value[:, 2 + more :]], 1), getattr(plain, name)), name
+    bare = told.pack(split(task, whole), task.marker)
+    assert torch.equal(told.known_in(bare), packer.known_in(packer.pack(split(task, whole), task.marker)))
+    assert told.without_prompt(bare).ids[:, 2 : 2 + more].tolist() == [asked, asked]
+
+
+def test_a_size_of_no_format_is_refused(packer):
+    told = Packer(packer.tokenizer, packer.text, packer.vocabulary, formats=Formats((Format(17, (32, 32)),)))
+    with pytest.raises(ValueError, match="makes clips of 32 x 32; got 16 x 24"):
+        told.pack(split(Generation(), clip()), 0)
 
 
 def test_an_image_is_a_clip_of_one_frame(packer):
