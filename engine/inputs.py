@@ -203,7 +203,8 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
     """What the model is told for its first window."""
     inputs.check(task)
     size, step = form.size, model.tokenizer.compression[0]
-    given = Given(form.shape, (inputs.prompt,) * samples, fps=form.fps)
+    prompt = inputs.prompt if getattr(model.task(task), "prompted", True) else ""
+    given = Given(form.shape, (prompt,) * samples, fps=form.fps)
     most = min(overlap(model, form), max(form.frames - step, 1))
     video = known = None
     if task == "i2v":

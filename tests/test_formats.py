@@ -2,11 +2,15 @@
 
 from collections import Counter
 from math import prod
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from reelm.data.clip import Clip
 from reelm.data.module import Group, GroupedBatches
 from reelm.data.zoetrope.dataset import Zoetrope
+from reelm.engine.evaluation import evaluate
 from reelm.engine.groups import groups, one_format_each
 from reelm.tasks.formats import Format, Formats
 from reelm.tasks.generation import Generation
@@ -82,6 +86,33 @@ def test_a_step_is_of_one_format():
         assert (clip.frames, clip.size) == (group.frames, group.size)
         assert clip.fps == group.fps
     assert len(seen) > 3
+
+
+class Sketch:
+    """A model that shows what it was asked for: nothing but whether the suite goes through its formats."""
+
+    formats, shape, fps = FORMATS, FORMATS.parts[0].shape, 8.0
+    tasks = {"t2v": Generation(), "t2i": Generation("t2i", frames=1)}
+    packer = SimpleNamespace(text_length=len)
+    tokenizer = SimpleNamespace(encode=lambda video: video, decode=lambda video: video)
+
+    def task(self, name):
+        return self.tasks[name]
+
+    def fitting(self):
+        return self.formats.parts[0]
+
+    def generate(self, given, name, seed):
+        return Clip(torch.rand(len(given), 3, *given.shape) * 2 - 1, given.fps)
+
+
+def test_each_format_is_evaluated():
+    results = evaluate(Sketch(), None, ("validation",), clips=1, batch=1, show=lambda text: None, formats=True)
+    assert list(results["validation"]) == [
+        name + mark for mark in ("", "_17x32x32", "_9x16x48") for name in ("t2v", "t2i")
+    ]
+    usual = evaluate(Sketch(), ["t2i"], ("validation",), clips=1, batch=1, show=lambda text: None)
+    assert list(usual["validation"]) == ["t2i"]
 
 
 def test_a_world_of_any_format_is_a_function_of_the_scene():

@@ -15,6 +15,7 @@ from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
 from reelm.engine.chain import chain_of, make_chain
+from reelm.engine.evaluation import evaluate
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs
 from reelm.engine.job import Job, run_job
@@ -22,9 +23,12 @@ from reelm.engine.lm_training import LMTraining
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.audio_visual import AudioVisual
+from reelm.lm.decoding import OneByOne
 from reelm.lm.heads import Categorical, Chained
 from reelm.lm.language_model import LanguageModel
+from reelm.lm.parallel import Diagonal
 from reelm.lm.sampling import Sampling
+from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import SPECIAL, Special, Vocabulary, task_token
 from reelm.tasks.generation import Generation
@@ -32,8 +36,9 @@ from reelm.tasks.packing import CONDITION_TIME, TEXT_TIME, Packer
 from reelm.tasks.sound import SOUND_ROW, SoundTokens
 from reelm.tasks.task import Given, Mixture
 from reelm.tasks.with_sound import WithSound
+from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.magvit2 import MAGVIT2
-from reelm.tokenizers.quantizers import FSQ
+from reelm.tokenizers.quantizers import FSQ, ResidualVQ
 from reelm.tokenizers.text import SentencePieceText
 
 CAPTIONS = ("a red star", "a blue circle bounces")
@@ -53,40 +58,11 @@ LOUD = [name for name in TASKS if name != "t2v"]
 FAST = Sampling(guidance=1.0)
 
 
-class StandIn(nn.Module):
-    """A tokenizer of sound without training: how loud each piece of 1,000 samples is, in coarse steps and in fine ones."""
-
-    rate, compression = RATE, STEP
-
-    def __init__(self, levels: int = LEVELS, vocabulary: int = CODES) -> None:
-        super().__init__()
-        self.levels, self.vocabulary = levels, vocabulary
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def encode(self, sound: torch.Tensor) -> torch.Tensor:
-        sound = nn.functional.pad(sound, (0, -sound.shape[-1] % STEP))
-        loud = (sound.unflatten(2, (-1, STEP)).abs().mean((1, 3)) * self.gain).clamp_max(1 - 1e-4)
-        places = self.vocabulary ** torch.arange(1, self.levels + 1)
-        return (loud[..., None] * places).long() % self.vocabulary
-
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        places = self.vocabulary ** torch.arange(1.0, self.levels + 1)
-        return (ids / places).sum(-1).repeat_interleave(STEP, 1)[:, None].expand(-1, 2, -1) * self.gain
-
-
-@pytest.fixture(scope="module", autouse=True)
-def allowed():
-    """Models made of a class of this file may be loaded."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "ALLOWED", (*store.ALLOWED, f"{__name__}."))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> VideoLM:
     torch.manual_seed(0)
     video = MAGVIT2(FSQ((4, 4)), (16, 16), ((1, 2, 2),), (1, 1), ((1, 3, 3), (3, 3, 3)), (4, 4, 4))
-    audio = StandIn()
+    audio = SoundStream(ResidualVQ(CODES, 4, LEVELS), widths=[8, 8], strides=[5], patch=200, dilations=[1])
     text = SentencePieceText.train([f"{caption} {i}" for caption in CAPTIONS for i in range(20)], 400)
     vocabulary = Vocabulary(16, LEVELS * CODES, text.vocabulary)
     head = AudioVisual(vocabulary, 32, Chained(vocabulary, 32), LEVELS)
@@ -335,7 +311,7 @@ def test_generation_continues_what_training_saw(model, clip, name):
     """Greedy generation of cached parts is the most probable of one uncached pass over the whole sequence."""
     states: list[torch.Tensor] = []
     hook = model.lm.transformer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[1].ids))
-    model.generate(split(name, clip), name, Sampling(temperature=0))
+    model.generate(split(name, clip), name, Sampling(temperature=0, decoding=OneByOne()))
     hook.remove()
     last = max(i for i, ids in enumerate(states) if ids.shape[1] > 1)  # where the last part begins, after all others
     tokens, whole = torch.cat(states[last:], 1), packed(model, name, clip)
@@ -355,11 +331,24 @@ def test_every_task_makes_clips_with_sound(model, clip, name):
     assert made.video.shape == clip.video.shape and made.audio.shape == clip.audio.shape and made.audio_rate == RATE
     assert made.audio.abs().max() <= 1 and made.audio.isfinite().all()
     asked = {"v2a": 36, "a2v": 12, "t2av": 48, "av_continuation": 4 + 16}[name]
-    assert calls == [(i, asked) for i in range(1, asked + 1)]
+    assert calls[-1] == (asked, asked) and calls == sorted(set(calls))
     assert torch.equal(made.video, clip.video) == (name == "v2a")
     assert torch.equal(made.audio, clip.audio) == (name == "a2v")
     again = model.generate(split(name, clip), name, seed=1)
     assert torch.equal(again.audio, made.audio) and torch.equal(again.video, made.video)
+
+
+@pytest.mark.parametrize("decoding", [OneByOne(), Jacobi(4), Diagonal()], ids=str)
+def test_an_interrupted_clip_goes_on_in_its_video_or_its_sound(model, clip, decoding):
+    sampling, given, made = Sampling(temperature=0.8, decoding=decoding), split("av_continuation", clip), []
+    whole = model.generate(given, "av_continuation", sampling, seed=1, made=made)
+    ids = torch.cat(made, 1)
+    assert ids.shape == (2, 4 + 16)
+    for count in (3, 4, 9, 17):
+        again = [ids[:, :count]]
+        clip_again = model.generate(given, "av_continuation", sampling, seed=1, made=again)
+        assert torch.equal(torch.cat(again, 1), ids)
+        torch.testing.assert_close(clip_again.audio, whole.audio, rtol=0, atol=1e-5)
 
 
 def test_known_sound_comes_back_as_its_own_tokens(model, clip):
@@ -468,6 +457,24 @@ def test_a_model_learns_sound(model, box, tmp_path):
         silent.start_from(tmp_path / "model")
 
 
+def test_sound_is_evaluated_beside_chance_and_ceiling(model, tmp_path):
+    texts = []
+    names = ["v2a", "a2v", "t2av"]
+    results = evaluate(model, names, ("validation",), clips=3, batch=2, sheets=tmp_path, show=texts.append)[
+        "validation"
+    ]
+    heard = {name: results[name].get("heard") for name in names}
+    assert heard["a2v"] is None and set(heard["v2a"]["judge"]["all"]) >= {"voices", "pitch", "loudness", "pan", "all"}
+    assert heard["v2a"]["judge"]["all"]["all"] == 1.0 and heard["v2a"]["generated"]["all"]["all"] < 1
+    assert set(heard["t2av"]["chance"]["all"]) == {"voices", "pitch", "bouncing", "all"}
+    assert not results["v2a"]["generated"] and results["v2a"]["clips"] == 3
+    assert set(results["a2v"]["judge"]["all"]) == {"count", "shape", "size", "all"}
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "v2a_validation_sound", "a2v_validation", "t2av_validation", "t2av_validation_sound",
+    }  # fmt: skip
+    assert "loudness" in texts[0] and "colour" not in texts[0] and "colour" in texts[2] and "pitch" in texts[2]
+
+
 def test_mistakes_with_sound_are_one_line(model, film, tmp_path):
     silent_file = tmp_path / "silent.mp4"
     write_video(silent_file, Clip(torch.zeros(1, 3, 9, 32, 32), 8.0))
@@ -476,7 +483,7 @@ def test_mistakes_with_sound_are_one_line(model, film, tmp_path):
     )
     for made, task, inputs, message in (
         (model, "a2v", Inputs(), "task=a2v needs audio="),
-        (model, "a2v", Inputs(audio=str(silent_file)), "holds no sound; give a clip with an audio track"),
+        (model, "a2v", Inputs(audio=str(silent_file)), "holds no sound that can be decoded"),
         (model, "t2v", Inputs("x", audio=film), "task=t2v has no use for audio="),
         (quiet, "a2v", Inputs(audio=film), "needs a model that was trained with an audio tokenizer"),
         (quiet, "v2a", Inputs(video=film), "neither hears nor makes sound"),
