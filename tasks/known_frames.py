@@ -22,7 +22,8 @@ def known_ends(clip: Clip, first: int, last: int, device: torch.device) -> Given
 
 @dataclass(frozen=True)
 class KnownFrames:
-    """The first frames are known, the last ones, or both: of several lengths each, one by chance.
+    """The first frames are known, the last ones, or both: of several lengths each, one by chance of those that leave
+    some of the clip to make.
 
     `first=(1,)` is image to video, `(5, 9)` continuation, `(1,)` with `last=1` first-last interpolation, `(0,)` with
     `last=(5, 9)` backward continuation, `(5,)` with `last=5` connects two clips. Lengths are `1 + 4k`, so that the
@@ -42,13 +43,17 @@ class KnownFrames:
             object.__setattr__(self, "last", tuple(self.last))
 
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
-        first = self.first[random_int(0, len(self.first) - 1, generator)]
-        last = self.last
-        if isinstance(last, tuple):
-            last = last[random_int(0, len(last) - 1, generator)]
-        if first + last >= clip.frames:
-            raise ValueError(f"{self.name} knows {first + last} frames; a clip of {clip.frames} leaves none to make")
+        ends = self.last if isinstance(self.last, tuple) else (self.last,)
+        least = min(self.first) + min(ends)
+        if least >= clip.frames:
+            raise ValueError(f"{self.name} knows {least} frames; a clip of {clip.frames} leaves none to make")
+        first = _one([n for n in self.first if n + min(ends) < clip.frames], generator)
+        last = _one([n for n in ends if first + n < clip.frames], generator) if len(ends) > 1 else ends[0]
         return known_ends(clip, first, last, clip.device), clip
+
+
+def _one(lengths: list[int], generator: torch.Generator | None) -> int:
+    return lengths[random_int(0, len(lengths) - 1, generator)]
 
 
 @dataclass(frozen=True)

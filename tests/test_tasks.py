@@ -72,6 +72,8 @@ def test_which_frames_are_known():
     assert known_frames("connection") == [0, 1, 2, 3, 4, 12, 13, 14, 15, 16]
     assert {len(known_frames("backward", seed)) for seed in range(20)} == {5, 9}
     assert known_frames("backward", 1)[-5:] == [12, 13, 14, 15, 16]
+    for seed in range(9):  # of a short clip no more is known than leaves some of it
+        assert BY_NAME["continuation"].split(clip(9), seeded(seed))[0].leading == 5
     assert {tuple(known_frames("continuation", seed)) for seed in range(20)} == {tuple(range(5)), tuple(range(9))}
 
 
