@@ -133,7 +133,7 @@ class Videos(Dataset[Clip], ABC):
         self._readers: dict[int, VideoReader] = {}
         self.videos = self._split(split, held_out)
         self.failures: dict[str, str] = {}
-        self._bad: set[tuple[int, ...]] = set()
+        self._bad: set[tuple[float | None, ...]] = set()
 
     @abstractmethod
     def _source(self, number: int) -> AbstractContextManager[Source]:
@@ -179,10 +179,21 @@ class Videos(Dataset[Clip], ABC):
         """The caption of a clip, without decoding it."""
         return self._text(self._place(index)[0])
 
-    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
+    def get(
+        self,
+        index: int,
+        frames: int | None = None,
+        controls: Sequence[str] | None = None,
+        draw: int = 0,
+        size: int | tuple[int, int] | None = None,
+        fps: float | None = None,
+        audio: bool | None = None,
+    ) -> Clip:
         """A clip, or its replacement where its video cannot be read; VideoError when nothing can."""
         frames = frames or self.frames
-        return self._or_another(index, (frames, draw), lambda clip: self.read(clip, frames, controls, draw))
+        return self._or_another(
+            index, (frames, draw, fps), lambda clip: self.read(clip, frames, controls, draw, size, fps, audio)
+        )
 
     def sound(self, index: int, rate: int = 16_000, frames: int | None = None, draw: int = 0) -> Clip:
         """Stereo sound alone, as long as a clip, at `rate` samples a second; the video has no pixels.
@@ -191,9 +202,11 @@ class Videos(Dataset[Clip], ABC):
         follows.
         """
         frames = frames or self.frames
-        return self._or_another(index, (frames, draw, rate), lambda clip: self._read_sound(clip, rate, frames, draw))
+        return self._or_another(
+            index, (frames, draw, None, rate), lambda clip: self._read_sound(clip, rate, frames, draw)
+        )
 
-    def _or_another(self, index: int, what: tuple[int, ...], read: Callable[[int], Clip]) -> Clip:
+    def _or_another(self, index: int, what: tuple[float | None, ...], read: Callable[[int], Clip]) -> Clip:
         """What `read` makes of an item, or of the next one that it can read."""
         first, part = divmod(index, self.clips_per_video)
         self._place(index)
@@ -223,17 +236,27 @@ class Videos(Dataset[Clip], ABC):
         video, part = divmod(index, self.clips_per_video)
         return self.videos[video], part
 
-    def read(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
+    def read(
+        self,
+        index: int,
+        frames: int | None = None,
+        controls: Sequence[str] | None = None,
+        draw: int = 0,
+        size: int | tuple[int, int] | None = None,
+        fps: float | None = None,
+        audio: bool | None = None,
+    ) -> Clip:
         """Exactly the clip `index`; VideoError where it cannot be read."""
-        frames = frames or self.frames
+        frames, size, fps = frames or self.frames, size or self.size, fps or self.fps
         number, part = self._place(index)
         rng = np.random.default_rng((self.seed, index, draw))
         shift, *crop_at, flip, zoom = rng.random(5).tolist()
         symmetry = rng.random(4)
         with self._reader(number) as reader:
-            start = self._start(reader, frames, part, shift)
+            start = self._start(reader, frames, part, shift, fps)
             options = {
-                "fps": self.fps, "frames": frames, "size": self.size, "audio": self.audio and frames > 1,
+                "fps": fps, "frames": frames, "size": size,
+                "audio": (self.audio if audio is None else audio) and frames > 1,
                 "crop_at": tuple(crop_at) if "crop" in self.random else (0.5, 0.5),
                 "zoom": zoom if "zoom" in self.random else 0.0,
             }  # fmt: skip
@@ -243,7 +266,7 @@ class Videos(Dataset[Clip], ABC):
                 if start == 0:
                     raise
                 clip = reader.read(start=0.0, **options)  # the header promised more than there is
-        rate = self.fps or STORED_RATE
+        rate = fps or STORED_RATE
         clip = clip.replace(captions=(self._text(number),), keys=(self.keys[number],), fps=rate)
         if options["audio"] and clip.audio is None:
             clip = clip.replace(audio=clip.video.new_zeros(1, 2, round(frames / rate * 16000)), audio_rate=16000)
@@ -289,11 +312,11 @@ class Videos(Dataset[Clip], ABC):
             keys=(self.keys[number],),
         )
 
-    def _start(self, reader: VideoReader, frames: int, part: int, shift: float) -> float:
+    def _start(self, reader: VideoReader, frames: int, part: int, shift: float, fps: float | None) -> float:
         if part == 0 and "start" not in self.random:
             return 0.0
         info = reader.info
-        latest = info.duration - (frames - 1) / (self.fps or info.fps or 1.0) - 1.5 / (info.fps or 1.0)
+        latest = info.duration - (frames - 1) / (fps or info.fps or 1.0) - 1.5 / (info.fps or 1.0)
         return self._spread(latest, part, shift)
 
     def _spread(self, latest: float, part: int, shift: float) -> float:

@@ -23,6 +23,9 @@ class ClipSource(Protocol):
     def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
         """One clip; `frames` and `controls` override what the dataset was built with.
 
+        Where a group asks for other sizes or rates than the dataset's, they come as `size` and `fps`, and `audio=True`
+        where it asks for sound too; a source of one format, or without sound, need not have these.
+
         draw: number of the pass over the data. A source that leaves part of a clip to chance draws anew in each.
         """
 
@@ -42,7 +45,8 @@ class Group:
 
     weight: how often a step is of this group, relative to the others; `schedule(progress)`, where given, overrides it
         with a number for each point of the training, progress running from 0 to 1.
-    sound: asks for the sound of the clips alone, at this many samples a second.
+    audio: asks for the clips with their sound. sound: for their sound alone, at this many samples a second.
+    size, fps: height and width, and frames a second, where they are not the source's own.
     batch: batch size relative to the module's (an image group can take several times as many).
     """
 
@@ -50,12 +54,21 @@ class Group:
     weight: float = 1.0
     frames: int | None = None
     controls: tuple[str, ...] = ()
+    audio: bool = False
+    size: tuple[int, int] | None = None
+    fps: float | None = None
     batch: float = 1.0
     sound: int | None = None
     schedule: Callable[[float], float] | None = None
 
     def share(self, progress: float) -> float:
         return self.weight if self.schedule is None else self.schedule(progress)
+
+    def options(self) -> dict[str, object]:
+        """What is asked of `ClipSource.get`."""
+        asked = {"audio": self.audio or None, "size": self.size, "fps": self.fps}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return {"frames": self.frames, "controls": self.controls, **given}
 
 
 @dataclass(frozen=True)
@@ -89,8 +102,7 @@ class Requested(Dataset):
         if group.sound is not None:
             clip = self.source.sound(request.index, group.sound, frames=group.frames, draw=request.draw)
             return group.name, clip
-        clip = self.source.get(request.index, frames=group.frames, controls=group.controls, draw=request.draw)
-        return group.name, clip
+        return group.name, self.source.get(request.index, draw=request.draw, **group.options())
 
 
 def collate(samples: list[tuple[str, Clip]]) -> Batch:
@@ -215,7 +227,7 @@ class ClipData(L.LightningDataModule):
         root: where the data lie. Not read here: configs say it once by this name, and their datasets refer to it.
 
     The module that trains sets `groups` (and `text_length`) in its `setup`; by default there is one group of whole
-    clips.
+    clips. Validation looks at `validation_groups`, or where these are None at the same.
     """
 
     def __init__(
@@ -236,6 +248,7 @@ class ClipData(L.LightningDataModule):
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.validation_clips = validation_clips
         self.groups: Sequence[Group] = (Group("clip"),)
+        self.validation_groups: Sequence[Group] | None = None
         self.text_length: Callable[[str], int] = len
 
     def _loader(self, source: ClipSource, batches: Iterable[list[Request]], workers: int) -> StatefulDataLoader:
@@ -261,7 +274,8 @@ class ClipData(L.LightningDataModule):
 
     def val_dataloader(self) -> StatefulDataLoader:
         rank, ranks = self._rank()
+        groups = self.groups if self.validation_groups is None else self.validation_groups
         batches = in_turn(
-            self.validation, self.groups, self.batch_size, self.validation_clips, rank, ranks, self.text_length
+            self.validation, groups, self.batch_size, self.validation_clips, rank, ranks, self.text_length
         )
         return self._loader(self.validation, batches, workers=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from reelm.diffusion.solvers import Denoising
 from reelm.engine.model_training import ModelTraining
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_diffusion import VideoDiffusion
+from reelm.tasks.formats import Format
 from reelm.tasks.task import Mixture, Task
 from reelm.tokenizers.latents import LatentSpace
 from reelm.tokenizers.text import SentencePieceText, T5Text
@@ -34,6 +35,7 @@ class DiffusionTraining(ModelTraining):
         text_drop: share of prompts left out, for classifier-free guidance.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
         sampling: with which samples are drawn to be looked at, and which the saved model has by default.
+        formats: lengths, sizes and rates to train on together, the usual one first; None: the data's own alone.
     """
 
     made, measure = VideoDiffusion, "mse"
@@ -49,8 +51,9 @@ class DiffusionTraining(ModelTraining):
         text_drop: float = 0.1,
         compile: bool = False,
         sampling: Denoising = Denoising(),
+        formats: Sequence[Format] | None = None,
     ) -> None:
-        super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling)
+        super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling, formats)
         video = self.video_tokenizer[0]
         network = denoiser(
             channels=LatentSpace(video).channels,

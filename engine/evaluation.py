@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,43 @@ from torch import Tensor
 from reelm.data.clip import Clip
 from reelm.data.module import Group, in_turn
 from reelm.data.writing import write_contact_sheet
-from reelm.data.zoetrope.captions import Attributes, parse
+from reelm.data.zoetrope.captions import Asked, Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
+from reelm.engine.hearing import Ear
 from reelm.engine.video_lm import load
 from reelm.engine.video_model import VideoModel
 from reelm.evaluation.reconstruction import code_usage, psnr
+from reelm.evaluation.zoetrope_hearing import ATTRIBUTES as AUDIBLE
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
 from reelm.evaluation.zoetrope_reading import Reading, read
+from reelm.tasks.known_frames import Loop
+from reelm.tasks.task import Task
+from reelm.tasks.with_sound import WithSound
 
 
 def batches(world: Zoetrope, model: VideoModel, name: str, count: int, size: int) -> Iterable[tuple[list[int], Clip]]:
     """The first `count` clips for a task, in batches of similar caption length, with their numbers."""
     task = model.task(name)
-    group = Group(name, frames=task.frames)
+    group = Group(name, 1.0, task.frames, task.controls, getattr(task, "audio", False))
     for requests in in_turn(world, [group], min(size, count), count, length=model.packer.text_length):
         indices = [request.index for request in requests]
-        yield indices, Clip.stack([world.get(i, frames=task.frames, controls=task.controls) for i in indices])
+        yield indices, Clip.stack([world.get(i, **group.options()) for i in indices])
 
 
 def sensible(reading: Reading) -> bool:
     """Whether a clip made from nothing shows a world that could be: one to three objects of different colours."""
     colours = [thing.colour for thing in reading.objects]
     return 1 <= len(colours) <= 3 and len(set(colours)) == len(colours)
+
+
+def asked(task: Task, caption: str) -> Attributes:
+    """What a task's clip is to show: what its caption says, but for what the task leaves out or changes."""
+    told = parse(caption)
+    if isinstance(task, Loop):  # motions lead back, so they are no longer what they were
+        return replace(told, objects=tuple(replace(one, motion=None) for one in told.objects), camera=None)
+    if isinstance(task, WithSound) and not task.prompted:  # sound tells shapes by pitch and sizes by loudness
+        return Attributes(tuple(Asked(one.shape, size=one.size) for one in told.objects))
+    return told
 
 
 @torch.inference_mode()
@@ -48,15 +63,19 @@ def evaluate_task(
     made, true, chance, ceiling = Tally(), Tally(), Tally(), Tally()
     readings: dict[int, tuple[Reading, Attributes]] = {}
     quality, shown = [], []
-    task = model.task(name)
+    task, ear = model.task(name), Ear(model, world)
     started = time.monotonic()
     for number, (indices, clip) in enumerate(batches(world, model, name, clips, batch)):
         given, target = task.split(clip, torch.Generator().manual_seed(number))
         result = model.generate(given, name, seed=1000 * number)
+        if "audio" in given.asks:
+            ear.add(indices, given, target, result)
+        if "video" not in given.asks:
+            continue
         reconstruction = model.tokenizer.decode(model.tokenizer.encode(target.video))
         quality.append(psnr(reconstruction, target.video))
         for i, index in enumerate(indices):
-            reading, want = readings[index] = read(result.video[i]), parse(clip.captions[i])
+            reading, want = readings[index] = read(result.video[i]), asked(task, clip.captions[i])
             if name != "unconditional":
                 made.add(reading, want)
             true.add(read(target.video[i]), want)
@@ -66,25 +85,36 @@ def evaluate_task(
     total = len(readings)
     for index, (reading, _) in readings.items():
         chance.add(reading, readings[(index + 1) % total][1])
-    if sheet is not None:
+    if sheet is not None and ear.heard:
+        ear.sheet(sheet.with_stem(f"{sheet.stem}_sound"))
+    if sheet is not None and shown:
         videos = torch.stack([video for video, _ in shown])
         write_contact_sheet(sheet, videos, columns=min(6, videos.shape[2]), labels=[text for _, text in shown], scale=2)
+    scores = {"heard": ear.scores()} if ear.heard else {}
     return {
-        "clips": total,
+        **scores,
+        "clips": total or len(ear.heard),
         "generated": made.shares(),
         "ceiling": ceiling.shares(),
         "judge": true.shares(),
         "chance": chance.shares(),
-        "sensible": round(sum(sensible(reading) for reading, _ in readings.values()) / total, 4),
-        "reconstruction_psnr": round(float(torch.cat(quality).mean()), 2),
-        "seconds_a_clip": round((time.monotonic() - started) / total, 2),
+        "sensible": round(sum(sensible(reading) for reading, _ in readings.values()) / max(total, 1), 4),
+        "reconstruction_psnr": round(float(torch.cat(quality).mean()), 2) if quality else None,
+        "seconds_a_clip": round((time.monotonic() - started) / max(total, len(ear.heard)), 2),
     }
 
 
 def table(split: str, results: dict[str, Any]) -> str:
     """The scores as text: a row for each task and kind, a column for each attribute, in per cent."""
-    columns = [*ATTRIBUTES, "all"]
-    lines = [f"{split:<16}{'':<12}{'scenes':<12}" + "".join(f"{name:>11}" for name in columns)]
+    seen = {task: result for task, result in results.items() if result["generated"] or result["chance"]}
+    heard = {task: result["heard"] for task, result in results.items() if "heard" in result}
+    parts = [_table(split, seen, ATTRIBUTES)] * bool(seen) + [_table(split, heard, AUDIBLE)] * bool(heard)
+    return "\n".join(parts)
+
+
+def _table(split: str, results: dict[str, Any], attributes: Sequence[str]) -> str:
+    columns = [*attributes, "all"]
+    lines = [f"{split:<16}{'':<12}{'scenes':<12}" + "".join(f"{name[:10]:>11}" for name in columns)]
     for task, result in results.items():
         for kind in ("generated", "ceiling", "judge", "chance"):
             for scenes, shares in result[kind].items():
@@ -104,19 +134,26 @@ def evaluate(
     batch: int = 16,
     sheets: Path | None = None,
     show: Callable[[str], None] = print,
+    formats: bool = False,
 ) -> dict[str, Any]:
-    """The suite: every task on every split, with full captions. `sheets`: folder of the contact sheets."""
+    """The suite: every task on every split, with full captions.
+
+    sheets: folder of the contact sheets. formats: in each of the model's formats, not only the usual one.
+    """
     for setting, value in (("clips", clips), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{setting}={value} must be 1 or more")
     results: dict[str, Any] = {}
+    ways = model.formats.parts if formats and model.formats is not None else (model.fitting(),)
     for split in splits:
-        world = Zoetrope(split, size=model.shape[1:], frames=model.shape[0], fps=model.fps, short_captions=0)
         results[split] = {}
-        for name in tasks or list(model.tasks):
-            sheet = None if sheets is None else sheets / f"{name}_{split}.png"
-            results[split][name] = evaluate_task(model, name, world, clips, batch, sheet)
-            show(table(split, {name: results[split][name]}))
+        for form in ways:
+            world = Zoetrope(split, size=form.size, frames=form.frames, fps=form.fps, short_captions=0)
+            mark = "" if form == ways[0] else f"_{form.frames}x{form.size[0]}x{form.size[1]}"
+            for name in tasks or list(model.tasks):
+                sheet = None if sheets is None else sheets / f"{name}_{split}{mark}.png"
+                result = results[split][name + mark] = evaluate_task(model, name, world, clips, batch, sheet)
+                show(table(split, {name + mark: result}))
     return results
 
 
@@ -154,6 +191,7 @@ class Zoetropes:
     splits: Sequence[str] = ("validation", "compositional")
     clips: int = 96
     batch: int = 16
+    formats: bool = False
 
     def judge(self, folder: str, sheets: Path | None = None) -> dict[str, Any]:
         """Figures of a model of the box, or of a folder: its tokenizer's, then each task's on each split."""
@@ -164,5 +202,5 @@ class Zoetropes:
         print("tokenizer", {name: round(value, 4) for name, value in quality.items()})
         return {
             "tokenizer": quality,
-            **evaluate(model, self.tasks, tuple(self.splits), self.clips, self.batch, sheets),
+            **evaluate(model, self.tasks, tuple(self.splits), self.clips, self.batch, sheets, formats=self.formats),
         }

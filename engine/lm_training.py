@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reelm.data.module import Batch
+from reelm.engine import store
 from reelm.engine.model_training import ModelTraining
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_lm import VideoLM
+from reelm.lm.audio_visual import AudioVisual
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.sampling import Sampling
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
 from reelm.lm.vocabulary import Vocabulary
+from reelm.tasks.formats import Format
 from reelm.tasks.task import Mixture, Task
 from reelm.tokenizers.latents import LatentSpace
 from reelm.tokenizers.text import SentencePieceText, T5Text
@@ -40,6 +44,8 @@ class LMTraining(ModelTraining):
             layout whose first channel comes from an image model (`init`); None: all.
         sampling: with which samples are drawn to be looked at, and which the saved model has by default. Of a way to
             draw ids, temperature and guidance hold for continuous tokens too.
+        formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
+        audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
     """
 
     made = VideoLM
@@ -56,18 +62,32 @@ class LMTraining(ModelTraining):
         compile: bool = False,
         only: str | None = None,
         sampling: Sampling | TokenDenoising = Sampling(),
+        formats: Sequence[Format] | None = None,
+        audio: str | Path | None = None,
     ) -> None:
         if head is None:
             raise ValueError("head=dit_flow is no head of the language model: leave stage=lm out or choose another")
         continuous = getattr(head, "func", head) is TokenDiffusion
         if continuous and isinstance(sampling, Sampling):
             sampling = TokenDenoising(temperature=sampling.temperature, guidance=sampling.guidance)
-        super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling)
+        super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling, formats)
         video = self.video_tokenizer[0]
         if continuous:
             head = partial(head, channels=LatentSpace(video).channels)
-        vocabulary = Vocabulary(visual=0 if continuous else video.vocabulary, text=self.pieces)
-        self.lm = LanguageModel(lm, head(vocabulary=vocabulary, width=lm.width))
+        loud = [each.name for each in self.tasks.values() if getattr(each, "audio", False)]
+        if loud and audio is None:
+            raise ValueError(
+                f"{loud[0]} needs an audio tokenizer: give its folder by stage.audio=..., or leave tasks with sound out"
+            )
+        sound = None if audio is None else store.load(audio)
+        self.audio_tokenizer = [sound]  # in a list as the video's
+        codes = 0 if sound is None else sound.levels * sound.vocabulary
+        vocabulary = Vocabulary(0 if continuous else video.vocabulary, codes, self.pieces)
+        made = head(vocabulary=vocabulary, width=lm.width)
+        if sound is not None:
+            self.audio_hash = store.fingerprint(sound)
+            made = AudioVisual(vocabulary, lm.width, made, sound.levels)
+        self.lm = LanguageModel(lm, made)
         self.measure = getattr(self.lm.head, "measure", "nll")
         if self.lm.head.size != vocabulary.visual:
             raise ValueError(
@@ -84,9 +104,21 @@ class LMTraining(ModelTraining):
         task, packer = self.tasks[batch.name], self.model.packer
         given, target = task.split(batch.clip)
         with torch.no_grad():
-            tokens = packer.tokenizer.encode(target.video) if target.tokens is None else target.tokens
-            sequence = packer.pack(given, task.marker, tokens, unprompted=self.dropped(len(given)))
+            tokens, sound = target.tokens, None
+            if tokens is None and "video" in given.asks:
+                tokens = packer.tokenizer.encode(target.video)
+            if "audio" in given.asks:
+                sound = packer.sound.encode(target.audio, target.audio_rate)
+            sequence = packer.pack(given, task.marker, tokens, unprompted=self.dropped(len(given)), sound=sound)
         return self.lm.loss(sequence)
+
+    def more(self) -> dict[str, Any]:
+        return {"audio": self.audio_tokenizer[0]}
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.audio_tokenizer[0] is not None:
+            self.audio_tokenizer[0].to(self.device)
 
     def blocks(self) -> Iterable[nn.Module]:
         return self.lm.transformer.blocks

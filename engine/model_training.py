@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from reelm.data.clip import Clip
-from reelm.data.module import Batch, ClipData, ClipSource, Group
+from reelm.data.module import Batch, ClipData, ClipSource
 from reelm.data.tokens import TokenShards
 from reelm.engine import outside, store
+from reelm.engine.groups import groups, one_format_each
 from reelm.engine.optimisation import Optimisation
 from reelm.engine.video_model import VideoModel
+from reelm.tasks.formats import Format, Formats
 from reelm.tasks.task import Mixture, Task, tasks_of
 from reelm.tokenizers.text import SentencePieceText, T5Text
 
@@ -42,6 +45,7 @@ class ModelTraining(L.LightningModule):
         text_drop: share of prompts left out, for classifier-free guidance.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
         sampling: with which samples are drawn to be looked at, and which the saved model has by default.
+        formats: lengths, sizes and rates to train on together, the usual one first; None: the data's own alone.
     """
 
     made: ClassVar[type[VideoModel]]
@@ -57,6 +61,7 @@ class ModelTraining(L.LightningModule):
         text_drop: float,
         compile: bool,
         sampling: Any,
+        formats: Sequence[Format] | None = None,
     ) -> None:
         super().__init__()
         self.video_tokenizer = [outside.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
@@ -64,9 +69,10 @@ class ModelTraining(L.LightningModule):
         self.tasks = {part.name: part for part in tasks_of(task)}
         self.text = [text]  # in a list as well: T5 has weights
         self.text_drop, self.compile_blocks, self.sampling = text_drop, compile, sampling
+        self.formats = Formats(tuple(formats)) if formats else None
         self.pieces = text if isinstance(text, int) else text.vocabulary
         self.model: VideoModel | None = None
-        self.tokenizer_hash = store.fingerprint(self.video_tokenizer[0])
+        self.tokenizer_hash, self.audio_hash = store.fingerprint(self.video_tokenizer[0]), None
 
     @property
     def metric(self) -> str:
@@ -81,6 +87,10 @@ class ModelTraining(L.LightningModule):
         """The loss of a batch, and what to log, `measure` among it."""
         raise NotImplementedError
 
+    def more(self) -> dict[str, Any]:
+        """Further arguments of the model."""
+        return {}
+
     def blocks(self) -> Iterable[nn.Module]:
         """What is worth compiling."""
         raise NotImplementedError
@@ -94,12 +104,14 @@ class ModelTraining(L.LightningModule):
         part = self.made.part
         if not (Path(folder) / part).is_dir():
             raise FileNotFoundError(f"no {part}/ in {folder}; init=... names the folder that holds {part}/")
-        made_of = store.read_json(Path(folder) / "config.json").get("tokenizer")
-        if made_of != self.tokenizer_hash:
-            raise ValueError(
-                f"{folder} was trained on tokens of another tokenizer ({made_of}, this one is {self.tokenizer_hash}); "
-                "give the same stage.tokenizer=..."
-            )
+        config = store.read_json(Path(folder) / "config.json")
+        for name, own in (("tokenizer", self.tokenizer_hash), ("audio", self.audio_hash)):
+            made_of = config.get(name)
+            if made_of != own and not (name == "audio" and made_of is None):  # sound may be learned later
+                raise ValueError(
+                    f"{folder} was trained on tokens of another tokenizer ({made_of}, this one is {own}); "
+                    f"give the same stage.{name}=..."
+                )
         store.grow(self.trained, folder, part)
         text = Path(folder) / "text.model"
         if isinstance(self.text[0], int) and text.is_file():
@@ -121,25 +133,25 @@ class ModelTraining(L.LightningModule):
         if self.model is None:
             text = self.text[0]
             text = train_text(data.train, text) if isinstance(text, int) else text
-            first = data.train.get(0)
-            shape = (first.frames, *first.size)
-            model = self.made(self.video_tokenizer[0], text, self.trained, self.tasks, shape, first.fps, self.sampling)
+            usual = self._usual(data.train)
+            model = self.made(
+                self.video_tokenizer[0], text, self.trained, self.tasks, usual.shape, usual.fps, self.sampling,
+                formats=self.formats, **self.more(),
+            )  # fmt: skip
             object.__setattr__(self, "model", model)  # a view: its parts are trained and saved as `trained`
         data.text_length = self.model.packer.text_length
-        data.groups = [
-            Group(
-                task.name,
-                frames=task.frames,
-                controls=task.controls,
-                batch=self.task.image_batch if task.frames == 1 and isinstance(self.task, Mixture) else 1.0,
-                schedule=self.task.schedule(task) if isinstance(self.task, Mixture) else None,
-            )
-            for task in self.tasks.values()
-        ]
+        data.groups = groups(self.task, self.formats, lambda part: prod(self.video_tokenizer[0].grid(*part.shape)))
+        data.validation_groups = one_format_each(data.groups)
 
         for source in (data.train, data.validation):
             if isinstance(source, TokenShards):
                 self._check_tokens(source)
+
+    def _usual(self, source: ClipSource) -> Format:
+        if self.formats is not None:
+            return self.formats.parts[0]
+        first = source.get(0)
+        return Format(first.frames, first.size, first.fps)
 
     def _check_tokens(self, source: TokenShards) -> None:
         """ValueError where stored tokens are not the run's tokenizer's, or not all that its tasks need."""
@@ -148,8 +160,12 @@ class ModelTraining(L.LightningModule):
                 f"{source.folder} holds tokens of another tokenizer ({source.tokenizer}, this one is "
                 f"{self.tokenizer_hash}); give the stage.tokenizer=... they were made with, or encode the clips anew"
             )
+        if self.formats is not None:
+            raise ValueError("data=tokens holds clips of one format; leave stage.formats out, or train on pixels")
         for task in self.tasks.values():
             clip = source.get(0, frames=task.frames)
+            if getattr(task, "audio", False):
+                raise ValueError(f"{task.name} needs sound and data=tokens holds none: leave tasks with sound out")
             if task.controls or self.model.packer.needs_pixels(task.split(clip, torch.Generator())[0]):
                 raise ValueError(
                     f"{task.name} needs pixels and data=tokens holds none: leave it out of the mixture with "
@@ -184,8 +200,8 @@ class ModelTraining(L.LightningModule):
         task = next((t for t in self.tasks.values() if t.frames != 1 and not t.controls), None)
         if task is None:
             task = next(iter(self.tasks.values()))
-        count = min(4, len(source))
-        clip = Clip.stack([source.get(i, frames=task.frames, controls=task.controls) for i in range(count)])
+        group = next(group for group in self.trainer.datamodule.groups if group.name == task.name)
+        clip = Clip.stack([source.get(i, **group.options()) for i in range(min(4, len(source)))])
         if clip.tokens is not None:  # known frames are then shown as the tokenizer shows them
             clip = clip.replace(video=self.model.tokenizer.decode(clip.tokens.to(self.device)), tokens=None)
         given = task.split(clip)[0]

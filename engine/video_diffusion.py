@@ -12,6 +12,7 @@ from reelm.diffusion.model import Diffusion
 from reelm.diffusion.solvers import Denoising
 from reelm.engine.video_model import VideoModel
 from reelm.tasks.conditioning import Conditioner
+from reelm.tasks.formats import Formats
 from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
 
@@ -26,6 +27,7 @@ class VideoDiffusion(VideoModel):
         tasks: what the model was trained to do, by name.
         shape: frames, height and width of its clips. fps: their rate.
         sampling: how it samples where nothing else is asked for.
+        formats: as for all `VideoModel`s; it is told the rate, and sees size and length.
     """
 
     noun, part, kind = "video diffusion model", "diffusion", Denoising
@@ -39,8 +41,9 @@ class VideoDiffusion(VideoModel):
         shape: tuple[int, int, int] = (17, 64, 64),
         fps: float = 8.0,
         sampling: Denoising = Denoising(),
+        formats: Formats | None = None,
     ) -> None:
-        super().__init__(tokenizer, text, tasks, shape, fps, sampling)
+        super().__init__(tokenizer, text, tasks, shape, fps, sampling, formats)
         self.diffusion = diffusion
         self.packer = Conditioner(tokenizer, text)
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,21 +14,26 @@ from torch import Tensor, nn
 
 from reelm.data.clip import Clip
 from reelm.engine import outside, store
+from reelm.engine.interruption import Account
 from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_model import VideoModel
-from reelm.lm.decoding import decode
+from reelm.lm.decoding import OneByOne, decode
+from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling, fill
 from reelm.lm.precision import lighten
 from reelm.lm.sampling import Sampling, seeded
+from reelm.lm.sequence import Sequence
 from reelm.lm.speculative import Jacobi
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion, draw_latents
+from reelm.tasks.formats import Formats
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tokenizer import VideoTokenizer
 from reelm.tokenizers.tokens import Tokens
 
+LEVEL_SEEDS = 1 << 32  # between the seeds of the levels of sound, so that no two parts of a clip draw the same
 BOX = Path(__file__).resolve().parents[1] / "pretrained"
 
 
@@ -41,6 +47,7 @@ class VideoLM(VideoModel):
         tasks: what the model was trained to do, by name.
         shape: frames, height and width of its clips. fps: their rate.
         sampling: how it samples where nothing else is asked for.
+        formats, audio: as for all `VideoModel`s; it is told the format by tokens.
     """
 
     noun, part, kind = "video language model", "lm", Sampling
@@ -54,53 +61,70 @@ class VideoLM(VideoModel):
         shape: tuple[int, int, int] = (17, 64, 64),
         fps: float = 8.0,
         sampling: Sampling | TokenDenoising = Sampling(),
+        formats: Formats | None = None,
+        audio: nn.Module | None = None,
     ) -> None:
-        super().__init__(tokenizer, text, tasks, shape, fps, sampling)
+        super().__init__(tokenizer, text, tasks, shape, fps, sampling, formats, audio)
         self.lm = lm
         masked, continuous = (isinstance(lm.head, kind) for kind in (Masked, TokenDiffusion))
-        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous)
+        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
 
     def lighten(self, dtype: str) -> str:
         return lighten(self.lm, dtype)
 
     def _decode(
-        self,
-        given: Given,
-        task: str,
-        sampling: Sampling,
-        seed: int,
-        progress: Callable[[int, int], None] | None,
-        made: list[Tensor] | None,
+        self, given: Given, sequence: Sequence, sampling: Sampling, seed: int, tokens: Account
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The clip's codes `(B, t, h, w)` so far, and which of them `(t * h * w,)` are there, after each pass."""
-        sequence = self.packer.pack(given, self.task(task).marker)
         known, grid = self.packer.known_in(sequence), self.packer.grid(given)
         where, skip = Tokens.positions(grid, self.device), known.shape[1]
         codes = known.new_zeros(len(given), len(where))
         codes[:, :skip] = self.lm.head.vocabulary.from_visual(known)
         there = torch.arange(len(where)) < skip
         yield codes.unflatten(1, grid), there
-        made = [] if made is None else made
-        before, count = (torch.cat(made, 1).to(self.device) if made else None), 0
-        steps = decode(
-            self.lm.transformer,
-            self.lm.head,
-            sequence,
-            where[skip:],
-            sampling,
-            self.packer.without_prompt(sequence),
-            seeded(list(range(seed, seed + len(given))), self.device),
-            before,
-        )
-        for numbers, ids in steps:
-            count += len(numbers)
-            if before is None or count > before.shape[1]:
-                made.append(ids)
+        head = getattr(self.lm.head, "visual", self.lm.head)
+        for numbers, ids in self._part(head, sequence, where[skip:], sampling, seed, tokens):
             codes[:, numbers + skip] = self.lm.head.vocabulary.from_visual(ids)
             there[numbers.cpu() + skip] = True
-            if progress is not None:
-                progress(count, len(where) - skip)
             yield codes.unflatten(1, grid), there
+
+    def _part(
+        self, head: Head, sequence: Sequence, where: Tensor, sampling: Sampling, seed: int, tokens: Account
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers `(k,)` and ids `(B, k)` of the tokens that follow a sequence, after each pass."""
+        steps = decode(
+            self.lm.transformer,
+            head,
+            sequence,
+            where,
+            sampling,
+            self.packer.without_prompt(sequence),
+            seeded(list(range(seed, seed + len(sequence))), self.device),
+            tokens.begin(len(where), self.device),
+        )
+        for numbers, ids in steps:
+            tokens.add(ids)
+            yield numbers, ids
+
+    def _sound(self, given: Given, sequence: Sequence, sampling: Sampling, seed: int, tokens: Account) -> Tensor:
+        """`(B, C, N)` that continues a sequence which asks for sound, level by level.
+
+        Places of sound are no grid: where tokens are made in other groups than one by one, sound is not.
+        """
+        sound, heard = self.packer.sound, self.packer.sound.known(given)
+        exact = isinstance(sampling.decoding, OneByOne | Jacobi)
+        sampling = sampling if exact else replace(sampling, decoding=Jacobi())
+        made = []
+        for level, where in enumerate(sound.places(given, self.device)):
+            ids = torch.zeros(len(given), len(where), dtype=torch.long, device=self.device)
+            draw = seed + (level + 1) * LEVEL_SEEDS
+            for numbers, newest in self._part(self.lm.head.sound[level], sequence, where, sampling, draw, tokens):
+                ids[:, numbers] = newest
+            sequence = sequence.followed_by(ids, where)
+            made.append(ids)
+        codes = sound.codes(torch.cat(made, 1))
+        codes = codes if heard is None else torch.cat([heard, codes], 1)
+        return self.audio.decode(codes)[..., : sound.samples(given)]
 
     def _how(self, sampling: Sampling | TokenDenoising | None) -> Sampling | TokenDenoising:
         """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing."""
@@ -150,7 +174,7 @@ class VideoLM(VideoModel):
         progress: Callable[[int, int], None] | None = None,
         made: list[Tensor] | None = None,
     ) -> Clip:
-        """Clips for what is given: a prompt, several, or a `Given` with known pixels or a condition.
+        """Clips for what is given: a prompt, several, or a `Given` with known pixels, a condition or a sound.
 
         seed: sample i draws with seed + i, so it does not depend on its neighbours as long as no prompt of the batch
             takes more text slots (a multiple of 8 word pieces) than its own. progress: called with tokens
@@ -160,8 +184,34 @@ class VideoLM(VideoModel):
         given, sampling = self._given(given, task), self._how(sampling)
         if self.packer.masked or self.packer.space is not None:
             return self._at_once(given, task, sampling, seed, progress)
-        codes, _ = deque(self._decode(given, task, sampling, seed, progress, made), maxlen=1).pop()
-        return Clip(self.tokenizer.decode(codes), given.fps, given.captions)
+        sequence, tokens = self._begin(given, task, progress, made)
+        video, audio, rate = given.video, given.audio, given.audio_rate
+        if "video" in given.asks:
+            codes, _ = deque(self._decode(given, sequence, sampling, seed, tokens), maxlen=1).pop()
+            video = self.tokenizer.decode(codes)
+        if "audio" in given.asks:
+            if "video" in given.asks:
+                known = self.packer.known_in(sequence).shape[1]
+                ids = self.lm.head.vocabulary.to_visual(codes.flatten(1))[:, known:]
+                sequence = self.packer.asking_for_sound(sequence, ids, given)
+            audio, rate = self._sound(given, sequence, sampling, seed, tokens), self.audio.rate
+        return Clip(video, given.fps, given.captions, audio, None if audio is None else rate)
+
+    def _begin(
+        self,
+        given: Given,
+        task: str,
+        progress: Callable[[int, int], None] | None,
+        made: list[Tensor] | None,
+    ) -> tuple[Sequence, Account]:
+        """What is given as a sequence, and the account of the tokens that are to follow."""
+        sequence = self.packer.pack(given, self.task(task).marker)
+        count = 0
+        if "video" in given.asks:
+            count += prod(self.packer.grid(given)) - self.packer.known_in(sequence).shape[1]
+        if "audio" in given.asks:
+            count += self.packer.sound.places(given)[..., 0].numel()
+        return sequence, Account(made, count, progress)
 
     @torch.inference_mode()
     def stream(
@@ -173,7 +223,7 @@ class VideoLM(VideoModel):
         progress: Callable[[int, int], None] | None = None,
         made: list[Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The frames of `generate`, `(B, 3, T, H, W)` at a time, as soon as their tokens exist.
+        """The frames of `generate`, `(B, 3, T, H, W)` at a time, as soon as their tokens exist; sound is not made.
 
         Together they are what `generate` gives, in float32 to the last bit.
         """
@@ -181,8 +231,12 @@ class VideoLM(VideoModel):
         if self.packer.masked or self.packer.space is not None:
             yield self._at_once(given, task, sampling, seed, progress).video
             return
+        if "video" not in given.asks:
+            raise ValueError(f"task={task} makes sound alone, and only frames are streamed; call generate")
+        given = given.replace(asks=("video",))
         past, sent = {}, 0
-        for codes, there in self._decode(given, task, sampling, seed, progress, made):
+        sequence, tokens = self._begin(given, task, progress, made)
+        for codes, there in self._decode(given, sequence, sampling, seed, tokens):
             ready = int(there.unflatten(0, codes.shape[1:]).flatten(1).all(1).long().cumprod(0).sum())
             if ready > sent:
                 yield self.tokenizer.decode(codes[:, sent:ready], past)

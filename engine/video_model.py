@@ -15,6 +15,7 @@ from torch import nn
 from reelm.data.clip import Clip
 from reelm.data.writing import whole_file
 from reelm.engine import store
+from reelm.tasks.formats import Format, Formats
 from reelm.tasks.preparing import Preparing
 from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
@@ -33,6 +34,9 @@ class VideoModel(nn.Module):
         tasks: what the model was trained to do, by name.
         shape: frames, height and width of its clips. fps: their rate.
         sampling: how it samples where nothing else is asked for.
+        formats: the sizes, rates and lengths that it was trained on, where these are several; `shape` and `fps` are
+            then the first one's.
+        audio: tokenizer of sound, of a model that hears or makes sound; it stays frozen.
     """
 
     noun: ClassVar[str]
@@ -48,11 +52,15 @@ class VideoModel(nn.Module):
         shape: tuple[int, int, int],
         fps: float,
         sampling: Any,
+        formats: Formats | None = None,
+        audio: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.audio = None if audio is None else audio.eval().requires_grad_(False)
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.text, self.tasks = text, dict(tasks)
-        self.shape, self.fps, self.sampling = tuple(shape), fps, sampling
+        usual = Format(shape[0], shape[1:], fps) if formats is None else formats.parts[0]
+        self.shape, self.fps, self.sampling, self.formats = usual.shape, usual.fps, sampling, formats
 
     @property
     def trained(self) -> nn.Module:
@@ -109,6 +117,15 @@ class VideoModel(nn.Module):
             raise ValueError(f"this {self.noun} cannot sample by {type(sampling).__name__}; leave sampler=... out")
         return sampling
 
+    def fitting(
+        self, frames: int | None = None, size: tuple[int, int] | None = None, fps: float | None = None
+    ) -> Format:
+        """The format of what it makes at once for a clip that is asked for (`Formats.fitting`)."""
+        if self.formats is not None:
+            return self.formats.fitting(frames, size, fps)
+        own = Formats((Format(self.shape[0], self.shape[1:], self.fps),)).fitting(None, size, fps)
+        return own if frames is None else replace(own, frames=min(frames, own.frames))
+
     def _given(self, given: Given | str | list[str], task: str) -> Given:
         if isinstance(given, Given):
             return given.to(self.device)
@@ -117,11 +134,13 @@ class VideoModel(nn.Module):
         return Given(shape, captions, fps=self.fps)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
-        """Writes `tokenizer/`, the trained part, `text.model` and, last, `config.json`. The tokenizer keeps its own
-        precision, so that its tokens stay those that the part was trained on. Of a T5 encoder only the place is
+        """Writes `tokenizer/`, `audio/`, the trained part, `text.model` and, last, `config.json`. Tokenizers keep their
+        own precision, so that their tokens stay those that the part was trained on. Of a T5 encoder only the place is
         written."""
         folder = Path(folder)
         store.save(self.tokenizer, folder / "tokenizer")
+        if self.audio is not None:
+            store.save(self.audio, folder / "audio")
         store.save(self.trained, folder / self.part, dtype)
         if isinstance(self.text, SentencePieceText):
             with whole_file(folder / "text.model") as part:
@@ -134,6 +153,10 @@ class VideoModel(nn.Module):
             "sampling": store.describe(self.sampling),
             "notes": notes or {},
         }
+        if self.audio is not None:
+            config["audio"] = store.fingerprint(self.audio)
+        if self.formats is not None:
+            config["formats"] = store.describe(self.formats)
         if isinstance(self.text, T5Text):
             config["t5"] = {"path": os.path.abspath(self.text.path), "dtype": self.text.dtype}
         with whole_file(folder / "config.json") as part:
@@ -144,17 +167,25 @@ class VideoModel(nn.Module):
         """The model of a folder written by `save_pretrained`; nothing in it can run code."""
         folder = Path(folder)
         config = store.read_json(folder / "config.json")
-        tokenizer = store.load(folder / "tokenizer")
-        if store.fingerprint(tokenizer) != config.get("tokenizer"):
-            raise ValueError(
-                f"{folder}/{cls.part} was trained on tokens of another tokenizer than {folder}/tokenizer "
-                f"({config.get('tokenizer')}, not {store.fingerprint(tokenizer)}); put the right one there"
-            )
+        tokenizer = cls._tokenizer(folder, "tokenizer", config)
+        more = {"audio": cls._tokenizer(folder, "audio", config)} if "audio" in config else {}
         try:
             tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
             sampling = config["sampling"]
             sampling = store.build(sampling) if "_target_" in sampling else cls.kind(**sampling)
+            more |= {"formats": store.build(config["formats"])} if "formats" in config else {}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a {cls.noun}: {error}") from None
         text = T5Text(**config["t5"]) if "t5" in config else SentencePieceText(folder / "text.model")
-        return cls(tokenizer, text, store.load(folder / cls.part), tasks, shape, fps, sampling).eval()
+        return cls(tokenizer, text, store.load(folder / cls.part), tasks, shape, fps, sampling, **more).eval()
+
+    @classmethod
+    def _tokenizer(cls, folder: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
+        """A tokenizer of the folder; ValueError where it is not the one that the model was trained with."""
+        tokenizer = store.load(folder / name)
+        if store.fingerprint(tokenizer) != config.get(name):
+            raise ValueError(
+                f"{folder}/{cls.part} was trained on tokens of another tokenizer than {folder}/{name} "
+                f"({config.get(name)}, not {store.fingerprint(tokenizer)}); put the right one there"
+            )
+        return tokenizer

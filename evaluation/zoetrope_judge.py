@@ -61,8 +61,12 @@ class Tally:
         self.counts: dict[tuple[str, str], list[int]] = {}
 
     def add(self, reading: Reading, asked: Scene | Attributes) -> None:
-        for name, (right, total) in score(reading, asked).items():
-            for scenes in ("all", "one object") if len(asked.objects) == 1 else ("all",):
+        self.note(score(reading, asked), single=len(asked.objects) == 1)
+
+    def note(self, counts: dict[str, tuple[int, int]], single: bool) -> None:
+        """Counts in what `score` gives; single: of a scene of one object."""
+        for name, (right, total) in counts.items():
+            for scenes in ("all", "one object") if single else ("all",):
                 for attribute in (name, "all"):
                     count = self.counts.setdefault((scenes, attribute), [0, 0])
                     count[0] += right

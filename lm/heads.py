@@ -81,15 +81,17 @@ class Head(nn.Module):
         width: size of the transformer's vectors.
         offset: first id to predict.
         size: number of ids to predict.
+        embeds: whether it makes the vectors of ids.
     """
 
-    def __init__(self, vocabulary: Vocabulary, width: int, offset: int, size: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, width: int, offset: int, size: int, embeds: bool = True) -> None:
         super().__init__()
         if size < 1 or offset < 0 or offset + size > vocabulary.size:
             raise ValueError(f"ids {offset} to {offset + size - 1} are not all in a vocabulary of {vocabulary.size}")
         self.vocabulary, self.width, self.offset, self.size = vocabulary, width, offset, size
-        self.others = nn.Embedding(vocabulary.size - size, width)
-        nn.init.normal_(self.others.weight, std=0.02)
+        if embeds:
+            self.others = nn.Embedding(vocabulary.size - size, width)
+            nn.init.normal_(self.others.weight, std=0.02)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Vectors `(B, L, width)` of ids `(B, L)` from anywhere in the vocabulary."""

@@ -66,6 +66,16 @@ class Sequence:
     def replace(self, **changes) -> Sequence:
         return replace(self, **changes)
 
+    def followed_by(self, ids: Tensor, positions: Tensor) -> Sequence:
+        """With more columns after its prefix: ids `(B, n)` at positions `(n, 3)`; none is to be predicted."""
+        more = positions.expand(len(self), -1, -1)
+        return self.replace(
+            ids=torch.cat([self.ids, ids], 1),
+            positions=torch.cat([self.positions, more], 1),
+            next_positions=None,
+            loss=None,
+        )
+
     def to(self, *args, **kwargs) -> Sequence:
         """The same sequence with its tensors moved; a dtype applies to context and latents only."""
 

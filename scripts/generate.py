@@ -3,20 +3,26 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from reelm.engine.generation import Inputs, Job, run_job
+from reelm.engine.inputs import Inputs
+from reelm.engine.job import Job, run_job
 from reelm.scripts.common import program
 
 
-@program("generate", words=("prompt", "image", "last", "video", "mask", "output", "model", "tokens"))
+@program("generate", words=("prompt", "image", "last", "video", "mask", "audio", "output", "model", "tokens"))
 def main(cfg: DictConfig) -> None:
-    inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start)
+    inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start, cfg.audio)
     task = cfg.task.get("name", "mixture") if cfg.get("task") else None
-    job = Job(cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known,
-              cfg.dtype, cfg.tokens)  # fmt: skip
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    size = settings["size"]
+    size = (size, size) if isinstance(size, int) else size and tuple(size)
+    job = Job(
+        cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known,
+        cfg.dtype, cfg.tokens, size, cfg.fps, settings["chain"] or (),
+    )  # fmt: skip
     sampling = instantiate(cfg.sampler, _convert_="all")
     if isinstance(sampling, dict):  # changes of the model's own way
         sampling = {name: value for name, value in sampling.items() if value is not None}
-    run_job(job, sampling, OmegaConf.to_container(cfg, resolve=True))
+    run_job(job, sampling, settings)
 
 
 if __name__ == "__main__":

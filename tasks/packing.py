@@ -1,13 +1,16 @@
 """From what is given to the sequence that the transformer sees, and from its tokens back to a clip's tokens.
 
-    <bos> <task> <bot_i> text <eot_i> [<bov_i> condition <eov_i>] <bov_o> known tokens | tokens to predict
+    <bos> <task> [format] <bot_i> text <eot_i> [<bov_i> condition <eov_i>] [<boa_i> known sound <eoa_i>]
+        <bov_o> known tokens | tokens to predict [<boa_o> sound to predict]
 
 Everything before the bar is the prefix. Because the tokenizer is causal, the tokens of the first known frames are the
 first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Known
-frames further on go in as images at their own time, anything else that is known as a clip with the unknown pixels grey,
-whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a multiple of 8, as ordinary tokens, so
-that no attention mask is needed; leaving the prompt out (classifier-free guidance) means <pad> in place of the text.
-The end tokens are left out: the length is asked for, not predicted.
+frames further on go in as images at their own time, several in a row as a clip, anything else that is known as a clip
+with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
+multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
+guidance) means <pad> in place of the text.
+The end tokens are left out: the length is asked for, not predicted. A model of several formats is told size, frame rate
+and length after the task. Where sound alone is to be made, <boa_o> is the last of the prefix.
 
 For a masked head the tokens to predict are columns of the sequence from the start, and what is known beyond the leading
 frames stands at its place among them (`Sequence.interior`; COMMIT, arXiv:2212.05199, section 3.2): the tokens of the
@@ -22,12 +25,16 @@ from torch.nn import functional as F
 
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special, Vocabulary, task_token
+from reelm.tasks.formats import Formats
 from reelm.tasks.preparing import Preparing
+from reelm.tasks.sound import SoundTokens
 from reelm.tasks.task import Given
 from reelm.tokenizers.latents import LatentSpace
 from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tokens import Tokens
 
+FORMAT_ROW = 8
+SOUND = Special.boa_o, 13  # where sound to make begins, and its row
 TEXT_TIME, CONDITION_TIME = -2, 32  # text stands before time 0, condition tokens this many latent frames before theirs
 
 
@@ -60,6 +67,8 @@ class Packer(Preparing):
         vocabulary: the language model's id space.
         masked: for a masked head.
         continuous: the tokens are latents (`Sequence.latents`), whose ids say no more than that.
+        formats: those that the model tells apart; None: it is told none.
+        audio: the tokenizer of sound; None: the model knows none.
     """
 
     def __init__(
@@ -69,9 +78,12 @@ class Packer(Preparing):
         vocabulary: Vocabulary,
         masked: bool = False,
         continuous: bool = False,
+        formats: Formats | None = None,
+        audio: nn.Module | None = None,
     ) -> None:
         super().__init__(tokenizer, text)
-        self.vocabulary, self.masked = vocabulary, masked
+        self.vocabulary, self.masked, self.formats = vocabulary, masked, formats
+        self.sound = None if audio is None else SoundTokens(audio, vocabulary, tokenizer.compression[0])
         self.space = LatentSpace(tokenizer) if continuous else None
 
     def _text(self, captions: tuple[str, ...], drop: Tensor, slots: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -97,10 +109,10 @@ class Packer(Preparing):
             return pieces
         frames = given.known[:, :, leading:].flatten(3)
         whole = frames.all(-1).all(0)[0]
-        if (whole == frames.any(-1).any(0)[0]).all():  # whole frames only: images at their time
-            for frame in (leading + whole.nonzero()[:, 0]).tolist():
-                ids, positions, latents = self._video_tokens(given.video[:, :, frame : frame + 1])
-                time = -(-frame // self.tokenizer.compression[0])
+        if (whole == frames.any(-1).any(0)[0]).all():  # whole frames only: clips and images at their time
+            for start, stop in self._stretches((leading + whole.nonzero()[:, 0]).tolist()):
+                ids, positions, latents = self._video_tokens(given.video[:, :, start:stop])
+                time = -(-start // self.tokenizer.compression[0])
                 pieces.append((ids, positions + torch.tensor([time, 0, 0], device=ids.device), latents))
             return pieces
         pieces.append(self._known_tokens(given.video, given.known))
@@ -128,6 +140,20 @@ class Packer(Preparing):
         missing = given.shape[0] - given.video.shape[2]
         video, known = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (given.video, given.known))
         return self._known_tokens(interpolate(video, known), known)[0]
+
+    def _stretches(self, frames: list[int]) -> list[tuple[int, int]]:
+        """First and last-plus-one of the clips of `1 + step * k` frames that known frames make: of each row of them as
+        much as ends with its last frame, and what is before that frame by frame."""
+        rows: list[list[int]] = []
+        for frame in frames:
+            if not rows or frame > rows[-1][-1] + 1:
+                rows.append([])
+            rows[-1].append(frame)
+        found = []
+        for row in rows:
+            alone = (len(row) - 1) % self.tokenizer.compression[0]
+            found += [(frame, frame + 1) for frame in row[:alone]] + [(row[alone], row[-1] + 1)]
+        return found
 
     def _video_tokens(self, video: Tensor) -> Piece:
         tokens = self.tokenizer.encode(video)
@@ -169,6 +195,7 @@ class Packer(Preparing):
         target: Tensor | None = None,
         unprompted: Tensor | bool = False,
         slots: int | None = None,
+        sound: Tensor | None = None,
     ) -> Sequence:
         """The sequence of a batch.
 
@@ -176,6 +203,7 @@ class Packer(Preparing):
             with its prefix, or for a masked head with a <mask> for each token to make.
         unprompted: `(B,)` bool, whose prompts are left out; True for all.
         slots: text slots, where not those of the longest prompt.
+        sound: codes of the whole clip's sound `(B, t, levels)` for training, where sound is asked for.
         """
         batch = len(given)
         grid = self.grid(given)
@@ -184,7 +212,11 @@ class Packer(Preparing):
         drop = torch.as_tensor(unprompted, device=device).expand(batch)
         text, context, context_mask = self._text(given.captions, drop, slots or self.slots(given.captions))
 
-        if target is not None:
+        heard, asks_video = self._heard(given), "video" in given.asks
+
+        if not asks_video:
+            tokens, known, latents = None, 0, 0
+        elif target is not None:
             leading = given.leading
             latents = 0 if not leading else 1 + (leading - 1) // self.tokenizer.compression[0]
             tokens = target.flatten(1, 3)
@@ -211,6 +243,8 @@ class Packer(Preparing):
 
         add_special(Special.bos, 0)
         add_special(task_token(marker), 1)
+        for row, token in enumerate(self.formats.tokens(given.shape, given.fps, grid[0]) if self.formats else ()):
+            add_special(token, FORMAT_ROW + row)
         add_special(Special.bot_i, 2)
         column = torch.arange(text.shape[1], device=device)
         add(text, torch.stack([torch.full_like(column, TEXT_TIME), torch.full_like(column, 3), column], -1))
@@ -221,9 +255,14 @@ class Packer(Preparing):
             for condition_ids, where, of in conditions:
                 add(condition_ids, where - torch.tensor([CONDITION_TIME, 0, 0], device=device), of)
             add_special(Special.eov_i, 6)
-        add_special(Special.bov_o, 7)
+        if heard is not None:
+            add_special(Special.boa_i, 11)
+            where = self.sound.positions(0, heard.shape[1], given.fps, device).flatten(0, 1)
+            add(self.sound.ids(heard), where - torch.tensor([CONDITION_TIME, 0, 0], device=device))
+            add_special(Special.eoa_i, 12)
+        add_special(*((Special.bov_o, 7) if asks_video else SOUND))
         prefix = sum(part.shape[1] for part in ids) + known
-        where = Tokens.positions(grid, device)
+        where = Tokens.positions(grid, device) if asks_video else self.sound.places(given, device).flatten(0, 1)
         count = 0 if tokens is None else tokens.shape[1]
         if tokens is not None:
             new_ids, new_latents = self._ids(tokens)
@@ -231,10 +270,15 @@ class Packer(Preparing):
         if self.masked:
             missing = where[count:]
             add(torch.full((1, len(missing)), int(Special.mask), device=device), missing)
+        if sound is not None:
+            if asks_video:
+                add_special(*SOUND)
+            places = self.sound.places(given, device)
+            add(self.sound.ids(sound[:, -places.shape[1] :]), places.flatten(0, 1))
 
         all_ids = torch.cat(ids, 1)
         loss = torch.zeros_like(all_ids, dtype=torch.bool)
-        loss[:, prefix:] = True
+        loss[:, prefix:] = all_ids[:, prefix:] != int(Special.boa_o)
         interior = self._interior(given, used)
         if interior is not None:
             interior = F.pad(interior, (all_ids.shape[1] - interior.shape[1], 0))
@@ -254,3 +298,18 @@ class Packer(Preparing):
             interior=interior,
             latents=torch.cat(points, 1) if points else None,
         )
+
+    def _heard(self, given: Given) -> Tensor | None:
+        """Codes of the sound that is known; ValueError where the model knows no sound."""
+        if self.sound is None and (given.audio is not None or "audio" in given.asks):
+            raise ValueError("this model neither hears nor makes sound; it was trained without an audio tokenizer")
+        return None if self.sound is None else self.sound.known(given)
+
+    def asking_for_sound(self, sequence: Sequence, made: Tensor, given: Given) -> Sequence:
+        """A sequence whose video is made, ids `(B, n)`, and whose sound is to be made now."""
+        where = Tokens.positions(self.grid(given), made.device)
+        where = where[len(where) - made.shape[1] :]
+        token, row = SOUND
+        begin = torch.full_like(made[:, :1], int(token))
+        place = torch.tensor([[TEXT_TIME, row, 0]], device=made.device)
+        return sequence.followed_by(torch.cat([made, begin], 1), torch.cat([where, place]))

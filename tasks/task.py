@@ -22,6 +22,8 @@ class Given:
     video: `(B, 3, T, H, W)` pixels in [-1, 1], of any T up to `shape[0]`; what is not known is 0. None: nothing known.
     known: `(B, 1, T, H, W)` bool, which pixels of `video` are known. The one convention for every task.
     condition: `(B, 3, T', H, W)` a video that says what to make without being part of it (depth and flow), or None.
+    audio: `(B, C, N)` the sound that is known, from the beginning of the clip on, at `audio_rate` samples a second.
+    asks: what is to be made: ("video",), ("audio",) or ("video", "audio").
     """
 
     shape: tuple[int, int, int]
@@ -30,6 +32,9 @@ class Given:
     known: Tensor | None = None
     condition: Tensor | None = None
     fps: float = 8.0
+    audio: Tensor | None = None
+    audio_rate: int | None = None
+    asks: tuple[str, ...] = ("video",)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -63,8 +68,9 @@ class Task(Protocol):
     """How a clip splits. Tasks are pure: all chance comes from `generator`.
 
     name: of the task. marker: number of its task token, one for each kind of output
-    (0 a clip from a prompt and its first frames, 1 inpainting, 2 outpainting, 3 stylization). frames: clip length it
-    wants (None: what the data has). controls: names of the truths it needs in `Clip.controls`.
+    (0 a clip from a prompt and its first frames, 1 inpainting, 2 outpainting, 3 stylization, 4 sound, 5 a clip with
+    sound). frames: clip length it wants (None: what the data has). controls: names of the truths it needs in
+    `Clip.controls`. A task that needs the clips' sound also has `audio`, which is true.
     """
 
     name: str

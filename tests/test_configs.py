@@ -49,7 +49,15 @@ def test_every_option_composes_in_some_program(group):
 def test_tasks_are_named_as_their_files(name):
     task = instantiate(composed(f"task={name}").task)
     names = [part.name for part in tasks_of(task)]
-    assert names == [name] if name != "mixture" else set(names) == set(options("task")) - {"mixture"}
+    mixtures = {"mixture", "audio_visual"}
+    every = set(options("task")) - mixtures
+    loud = {part.name for part in tasks_of(task) if getattr(part, "audio", False)}
+    assert (
+        names == [name]
+        if name not in mixtures
+        else set(names) == every - ({"t2av", "v2a", "a2v", "av_continuation"} - loud)
+    )
+    assert bool(loud) == (name in ("audio_visual", "t2av", "v2a", "a2v", "av_continuation"))
 
 
 @pytest.mark.parametrize("size", options("lm"))
@@ -149,7 +157,7 @@ def test_optimisation_and_sampler_build():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["task=t3v"], "unknown task 't3v'; did you mean t2v? (choose from continuation, "),
+        (["task=t3v"], "unknown task 't3v'; did you mean t2v? (choose from a2v, "),
         (["lm.dpeth=3"], "no setting lm.dpeth; did you mean lm.depth?"),
         (["lr=1e-3"], "no setting lr; did you mean stage.optimisation.lr?"),
         (["tsk=t2v"], "no setting tsk; did you mean task?"),

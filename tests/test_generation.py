@@ -11,7 +11,10 @@ from PIL import Image
 from reelm.data.clip import Clip
 from reelm.data.reading import probe, read_video
 from reelm.data.writing import write_image, write_video
-from reelm.engine.generation import Inputs, Job, make, run_job
+from reelm.engine.chain import chain_of, make_chain
+from reelm.engine.generation import make
+from reelm.engine.inputs import Inputs
+from reelm.engine.job import Job, run_job
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.decoding import OneByOne, Run
 from reelm.lm.heads import Chained
@@ -21,8 +24,9 @@ from reelm.lm.sampling import Sampling
 from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
+from reelm.tasks.formats import Format, Formats
 from reelm.tasks.generation import Generation
-from reelm.tasks.known_frames import KnownFrames
+from reelm.tasks.known_frames import KnownFrames, Loop
 from reelm.tasks.painting import Painting
 from reelm.tasks.stylization import Stylization
 from reelm.tokenizers.magvit2 import MAGVIT2
@@ -35,6 +39,7 @@ TASKS = {
     for task in (
         Generation("t2v"), Generation("t2i", frames=1), Generation("unconditional", prompted=False),
         KnownFrames("i2v"), KnownFrames("continuation", first=(5,)), KnownFrames("interpolation", last=1),
+        KnownFrames("backward", first=(0,), last=5), KnownFrames("connection", first=(1,), last=1), Loop(),
         Painting("inpainting", inside=True, marker=1), Painting("outpainting", inside=False, marker=2), Stylization(),
     )
 }  # fmt: skip
@@ -78,11 +83,13 @@ def test_each_task_makes_a_clip_of_its_shape_from_any_material(model, material):
         "t2v": Inputs("a red star"), "t2i": Inputs("a red star"), "unconditional": Inputs(),
         "i2v": Inputs(image=photo), "continuation": Inputs(video=clip), "interpolation": Inputs(image=photo, last=clip),
         "inpainting": Inputs(video=clip, mask=mask), "outpainting": Inputs(video=clip),
-        "stylization": Inputs("in neon style", video=clip),
+        "stylization": Inputs("in neon style", video=clip), "backward": Inputs(video=clip),
+        "connection": Inputs(video=clip, last=clip), "loop": Inputs(image=photo),
     }  # fmt: skip
     for task, inputs in asked.items():
         result = make(model, task, inputs, samples=2)
-        assert result.video.shape == (2, 3, 1 if task == "t2i" else 9, 32, 32), task
+        frames = {"t2i": 1, "loop": 8}.get(task, 9)  # after a loop's last frame its first one comes again
+        assert result.video.shape == (2, 3, frames, 32, 32), task
         assert result.video.abs().max() <= 1 and torch.isfinite(result.video).all(), task
 
 
@@ -90,6 +97,7 @@ def test_inputs_say_which_task_they_mean():
     named = {
         "t2v": Inputs("x"), "i2v": Inputs(image="a"), "interpolation": Inputs(image="a", last="b"),
         "continuation": Inputs(video="a"), "inpainting": Inputs(video="a", mask="b"),
+        "connection": Inputs(video="a", last="b"),
     }  # fmt: skip
     assert all(inputs.task() == task for task, inputs in named.items())
 
@@ -109,6 +117,109 @@ def test_a_continuation_begins_with_the_end_of_its_clip_and_goes_on_window_by_wi
     source = read_video(material / "clip.mp4", fps=8.0, frames=5, size=(32, 32), start=2.0 - 5 / 8).video
     assert result.frames == 21
     assert (result.video[:, :, :5] - source).abs().max() < 0.1
+
+
+def test_a_backward_continuation_ends_with_the_beginning_of_its_clip(model, material):
+    clip = str(material / "clip.mp4")
+    source = read_video(clip, fps=8.0, frames=5, size=(32, 32)).video
+    for frames in (9, 21):
+        result = make(model, "backward", Inputs(video=clip), frames=frames)
+        assert result.frames == frames
+        assert (result.video[:, :, -5:] - source).abs().max() < 0.1
+
+
+def test_a_connection_and_a_loop_hold_what_they_lead_from_and_to(model, material):
+    clip, photo = str(material / "clip.mp4"), str(material / "photo.jpg")
+    bright, dark = (read_video(clip, frames=1, size=32, start=start).video for start in (1.9, 0.0))
+    made = make(model, "connection", Inputs(video=clip, last=clip)).video  # from its end to its beginning: a loop
+    assert (made[:, :, :1] - bright).abs().max() < 0.1 and (made[:, :, -1:] - dark).abs().max() < 0.1
+    told = []
+    model.packer.pack, pack = (
+        lambda given, *rest, **more: told.append(given) or pack(given, *rest, **more),
+        model.packer.pack,
+    )
+    loop = make(model, "loop", Inputs(image=photo)).video
+    del model.packer.pack
+    assert torch.equal(told[0].video[:, :, 0], told[0].video[:, :, 8]) and torch.equal(
+        loop[:, :, 0], told[0].video[:, :, 0]
+    )
+
+
+def test_a_chain_gives_each_task_what_the_one_before_made(model, material):
+    photo = str(material / "photo.jpg")
+    steps = chain_of(["i2v", {"task": "outpainting", "keep": 0.5}], Inputs("a star", image=photo))
+    first = make(model, "i2v", Inputs("a star", image=photo), samples=2, seed=4)
+    second = make(model, "outpainting", Inputs("a star", video=first, keep=0.5), samples=2, seed=4)
+    chained = make_chain(model, steps, samples=2, seed=4)
+    assert torch.equal(chained.video, second.video) and len(chained) == 2
+    inner = torch.nn.functional.interpolate(first.video[0].transpose(0, 1), (16, 16), mode="bicubic", antialias=True)
+    torch.testing.assert_close(chained.video[0, :, :, 8:24, 8:24], inner.transpose(0, 1).clamp(-1, 1))
+    longer = chain_of(["t2i", "i2v", "stylization"], Inputs("a star"))
+    assert make_chain(model, longer, frames=5).video.shape == (1, 3, 5, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("links", "inputs", "message"),
+    [
+        (["t2i", "t2v"], Inputs("x"), "task=t2v takes no clip, so it can only be the first of a chain"),
+        (["t2v", "stylization"], Inputs("x", image="a"), "no task of chain=.* has a use for image="),
+        (["i2v", "outpainting"], Inputs("x"), "task=i2v needs image=..."),
+        (["t2v", {"task": "outpainting", "kep": 1}], Inputs("x"), "got one with kep"),
+        ([{"prompt": "x"}], Inputs("x"), "got one with no task"),
+    ],
+)
+def test_chains_that_cannot_be_are_told_before_any_work(links, inputs, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Job("nowhere", None, inputs, chain=links).steps()
+    assert "\n" not in str(caught.value)
+
+
+def test_one_says_a_task_or_a_chain():
+    with pytest.raises(ValueError, match="both say what to do"):
+        Job("nowhere", "t2v", Inputs("x"), chain=["t2v"]).steps()
+
+
+@pytest.fixture(scope="module")
+def several(model) -> VideoLM:
+    """A model of two sizes, and of two lengths of the first."""
+    formats = Formats((Format(9, (32, 32)), Format(17, (32, 32)), Format(9, (24, 40), 12.0)))
+    return VideoLM(model.tokenizer, model.text, model.lm, TASKS, sampling=FAST, formats=formats).eval()
+
+
+def test_a_model_of_several_formats_makes_what_is_asked_for(several, material):
+    made = make(several, "t2v", Inputs("a star"), size=(24, 40), fps=12.0)
+    assert made.video.shape == (1, 3, 9, 24, 40) and made.fps == 12.0
+    assert make(several, "t2v", Inputs("a star")).video.shape == (1, 3, 9, 32, 32)
+    lengths = []
+    for frames in (5, 9, 13, 17, 25):  # as much as fits a format and is cut, or window after window
+        made = make(several, "t2v", Inputs("a star"), frames=frames, progress=lambda _, asked: lengths.append(asked))
+        assert made.frames == frames
+    assert list(dict.fromkeys(lengths)) == [3 * 16, 5 * 16, 2 * 16]
+    assert make(several, "t2i", Inputs("a star"), size=(24, 40), fps=12.0).video.shape == (1, 3, 1, 24, 40)
+    outer = make(several, "outpainting", Inputs(video=str(material / "clip.mp4")), size=(24, 40), fps=12.0)
+    assert outer.video.shape == (1, 3, 9, 24, 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (40, 24)}, r"makes clips of size=\[32,32\] at fps=8, .*; got \[40,24\] at fps=8"),
+        ({"fps": 12.0}, r"got \[32,32\] at fps=12"),
+        ({"frames": 25, "task": "interpolation"}, "task=interpolation makes clips of up to 17 frames"),
+        ({"frames": 13, "task": "interpolation"}, "task=interpolation makes clips of 17 frames"),
+    ],
+)
+def test_formats_that_there_are_not_are_told(several, material, options, message):
+    photo = str(material / "photo.jpg")
+    task = options.pop("task", "t2v")
+    with pytest.raises(ValueError, match=message):
+        make(several, task, Inputs("a star") if task == "t2v" else Inputs(image=photo, last=photo), **options)
+
+
+def test_a_model_of_one_format_makes_that_one(model):
+    with pytest.raises(ValueError, match=r"makes clips of size=\[32,32\] at fps=8; got \[24,40\] at fps=8"):
+        make(model, "t2v", Inputs("a star"), size=(24, 40))
+    assert make(model, "t2v", Inputs("a star"), size=(32, 32), fps=8.0).video.shape == (1, 3, 9, 32, 32)
 
 
 def test_other_lengths_are_rounded_with_a_note(model):

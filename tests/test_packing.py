@@ -2,9 +2,17 @@ import pytest
 import torch
 
 from reelm.data.clip import Clip
-from reelm.lm.vocabulary import Special, Vocabulary, task_token
+from reelm.lm.vocabulary import (
+    Special,
+    Vocabulary,
+    duration_token,
+    frame_rate_token,
+    resolution_token,
+    task_token,
+)
+from reelm.tasks.formats import Format, Formats
 from reelm.tasks.generation import Generation
-from reelm.tasks.known_frames import KnownFrames
+from reelm.tasks.known_frames import KnownFrames, Loop, forth_and_back
 from reelm.tasks.packing import CONDITION_TIME, TEXT_TIME, Packer
 from reelm.tasks.painting import Painting
 from reelm.tasks.stylization import Stylization
@@ -24,13 +32,17 @@ TASKS = [
     Generation("unconditional", prompted=False),
     KnownFrames("i2v"),
     KnownFrames("continuation", first=(9,)),
+    KnownFrames("backward", first=(0,), last=(9,)),
     KnownFrames("interpolation", last=1),
+    KnownFrames("connection", first=(5,), last=5),
+    Loop(),
     Painting("inpainting", inside=True, marker=1),
     Painting("outpainting", inside=False, marker=2, smallest=0.5, largest=0.8),
     Stylization(),
 ]
 NAMES = [task.name for task in TASKS]
-LATENTS_KNOWN = {"i2v": 1, "continuation": 3, "interpolation": 1}
+LATENTS_KNOWN = {"i2v": 1, "continuation": 3, "interpolation": 1, "connection": 2, "loop": 1}
+NEEDS_PIXELS = ("backward", "interpolation", "connection", "loop", "inpainting", "outpainting", "stylization")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,7 @@ def packer() -> Packer:
 
 
 def clip(frames: int = SHAPE[0]) -> Clip:
-    video = torch.rand(2, 3, frames, *SHAPE[1:]) * 2 - 1
+    video = forth_and_back(torch.rand(2, 3, frames, *SHAPE[1:]) * 2 - 1)  # that any task leaves as it is
     controls = {"depth": torch.rand(2, 1, frames, *SHAPE[1:]), "flow": torch.randn(2, 2, frames, *SHAPE[1:])}
     return Clip(video, captions=CAPTIONS, controls=controls)
 
@@ -87,8 +99,11 @@ def expected_prefix(packer: Packer, marker: int, text: torch.Tensor, conditions:
 
 
 def expected_conditions(packer: Packer, task, given: Given, whole: Clip) -> list:
-    if task.name == "interpolation":  # the last frame as an image, at its own time
+    if task.name in ("interpolation", "loop"):  # the last frame as an image, at its own time
         return [(codes(packer, whole.video[:, :, -1:]), [[4, y, x] for y in range(2) for x in range(3)])]
+    if task.name in ("backward", "connection"):  # the last frames as a clip, each latent frame at its own time
+        latents = 3 if task.name == "backward" else 2
+        return [(codes(packer, whole.video[:, :, 3 - 4 * latents :]), PLACES[-latents * PER_FRAME :])]
     if task.name == "stylization":
         return [(codes(packer, given.condition), PLACES)]
     if task.name in ("inpainting", "outpainting"):
@@ -142,6 +157,36 @@ def test_each_column_knows_the_place_of_the_token_it_predicts(packer, task):
     assert packer.pack(given, task.marker).next_positions[1, -1].tolist() == first
 
 
+@pytest.mark.parametrize("frames", [17, 1])
+def test_formats_are_told_after_the_task(packer, frames):
+    formats = Formats((Format(17, (32, 32)), Format(17, (16, 24), 12.0), Format(9, (16, 24))))
+    told = Packer(packer.tokenizer, packer.text, packer.vocabulary, formats=formats)
+    whole = clip(frames).replace(fps=12.0)
+    task = KnownFrames("continuation", first=(9,)) if frames > 1 else Generation("t2i", frames=1)
+    target = packer.tokenizer.encode(whole.video)
+    with_format, plain = (one.pack(split(task, whole), task.marker, target) for one in (told, packer))
+    asked = [resolution_token(1), *([frame_rate_token(12)] if frames > 1 else []), duration_token(len(target[0]))]
+    more = len(asked)
+    assert with_format.ids[:, 2 : 2 + more].tolist() == [asked, asked]
+    places = with_format.positions[0]
+    assert places[2 : 2 + more].tolist() == [[TEXT_TIME, 8 + i, 0] for i in range(more)]
+    assert len(set(map(tuple, places.tolist()))) == len(places)
+    # all else is as in a model that is told no format
+    assert with_format.prefix == plain.prefix + more and with_format.length == plain.length + more
+    for name in ("ids", "positions", "loss"):
+        value = getattr(with_format, name)
+        assert torch.equal(torch.cat([value[:, :2], value[:, 2 + more :]], 1), getattr(plain, name)), name
+    bare = told.pack(split(task, whole), task.marker)
+    assert torch.equal(told.known_in(bare), packer.known_in(packer.pack(split(task, whole), task.marker)))
+    assert told.without_prompt(bare).ids[:, 2 : 2 + more].tolist() == [asked, asked]
+
+
+def test_a_size_of_no_format_is_refused(packer):
+    told = Packer(packer.tokenizer, packer.text, packer.vocabulary, formats=Formats((Format(17, (32, 32)),)))
+    with pytest.raises(ValueError, match="makes clips of 32 x 32; got 16 x 24"):
+        told.pack(split(Generation(), clip()), 0)
+
+
 def test_an_image_is_a_clip_of_one_frame(packer):
     whole = clip(1)
     given = split(Generation("t2i", frames=1), whole)
@@ -182,6 +227,27 @@ def test_known_frames_that_fill_no_latent_frame_become_images(packer):
     start = sequence.ids[0].tolist().index(int(Special.bov_i)) + 1
     assert torch.equal(sequence.ids[:, start : start + PER_FRAME], codes(packer, whole.video[:, :, 5:6]))
     assert sequence.positions[0, start, 0] == 2 - CONDITION_TIME
+
+
+@pytest.mark.parametrize(
+    ("frames", "clips"),
+    [
+        ([16], [(16, 17)]),
+        ([12, 13, 14, 15, 16], [(12, 17)]),
+        (range(10, 17), [(10, 11), (11, 12), (12, 17)]),  # seven: two that fill no clip, and five
+        ([6, 9, 10, 16], [(6, 7), (9, 10), (10, 11), (16, 17)]),
+    ],
+)
+def test_known_frames_in_a_row_are_few_tokens(packer, frames, clips):
+    whole = clip()
+    known = torch.zeros(2, 1, *SHAPE, dtype=torch.bool)
+    known[:, :, list(frames)] = True
+    ids = packer.pack(Given(SHAPE, CAPTIONS, whole.video * known, known), 0)
+    start, end = (ids.ids[0].tolist().index(int(mark)) for mark in (Special.bov_i, Special.eov_i))
+    told = torch.cat([codes(packer, whole.video[:, :, a:b]) for a, b in clips], 1)
+    assert torch.equal(ids.ids[:, start + 1 : end], told)
+    times = [-(-a // 4) + i for a, b in clips for i in range(1 + (b - a - 1) // 4)]
+    assert (ids.positions[0, start + 1 : end, 0] + CONDITION_TIME).tolist() == [t for t in times for _ in range(6)]
 
 
 def test_nothing_of_what_is_to_be_made_leaks_into_the_prefix(packer):
@@ -259,7 +325,7 @@ def test_embedded_text_comes_as_vectors(packer):
 @pytest.mark.parametrize("task", TASKS, ids=NAMES)
 def test_prefixes_of_the_clips_own_tokens_need_no_pixels(packer, task):
     whole = clip()
-    needed = task.name in ("interpolation", "inpainting", "outpainting", "stylization")
+    needed = task.name in NEEDS_PIXELS
     assert packer.needs_pixels(split(task, whole)) == needed
     if task.name != "stylization":
         tokens = packer.tokenizer.encode(whole.video)

@@ -166,6 +166,21 @@ def test_a_masked_model_is_trained_and_makes_clips(tokenizer, tmp_path, capfd):
     assert "sampler=masked needs a model with a masked head; this one's is Chained" in error_line(capfd)
 
 
+def test_a_language_model_is_trained_on_several_formats(tokenizer, tmp_path):
+    formats = "stage.formats=[{frames:9,size:[32,32]},{frames:5,size:[16,48],fps:12}]"
+    common = (*LM, "task=i2v", f"stage.tokenizer={tokenizer}/model", formats, *TINY, "trainer.max_steps=8")
+    assert program("train", *common, f"output={tmp_path}") == 0
+    output = tmp_path / "a.mp4"
+    wide = ("size=[16,48]", "fps=12", "chain=[t2v,i2v]", "prompt=a star")
+    assert program("generate", f"model={tmp_path}/model", *wide, f"output={output}") != 0  # it has no t2v
+    assert program("generate", f"model={tmp_path}/model", "task=i2v", "image=nowhere.png", "size=[16,48]") != 0
+    model = VideoLM.from_pretrained(tmp_path / "model")
+    assert [str(part) for part in model.formats.parts] == [
+        "9 frames of 32 x 32 at 8 fps",
+        "5 frames of 16 x 48 at 12 fps",
+    ]
+
+
 def test_weights_keep_the_text_model_they_were_trained_with(tokenizer, tmp_path):
     common = (*LM, "task=t2v", f"stage.tokenizer={tokenizer}/model", *TINY)
     assert program("train", *common, f"output={tmp_path}/first") == 0

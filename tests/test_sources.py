@@ -47,6 +47,8 @@ def test_a_folder_gives_clips_with_their_captions(folder):
         assert clip.captions == (f"number {index}",) == (videos.caption(index),)
         assert clip.keys == (f"inner/clip{index}.mp4",)
     assert videos.get(2, frames=1).video.shape == (1, 3, 1, 32, 32)
+    other = videos.get(2, frames=3, size=(16, 24), fps=4.0)
+    assert other.video.shape == (1, 3, 3, 16, 24) and other.fps == 4.0
     assert set(videos.get(0, controls=("flow", "depth")).controls) == {"flow", "depth"}
     with pytest.raises(ValueError, match="camera"):
         videos.get(0, controls=("camera",))

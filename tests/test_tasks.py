@@ -4,7 +4,7 @@ import torch
 from reelm.data.clip import Clip
 from reelm.data.controls import control_image
 from reelm.tasks.generation import Generation
-from reelm.tasks.known_frames import KnownFrames
+from reelm.tasks.known_frames import KnownFrames, Loop
 from reelm.tasks.painting import Painting
 from reelm.tasks.stylization import Stylization
 from reelm.tasks.task import Given, Mixture, tasks_of
@@ -15,7 +15,9 @@ TASKS = [
     Generation("unconditional", prompted=False),
     KnownFrames("i2v"),
     KnownFrames("continuation", first=(5, 9)),
+    KnownFrames("backward", first=(0,), last=(5, 9)),
     KnownFrames("interpolation", last=1),
+    KnownFrames("connection", first=(5,), last=5),
     Painting("inpainting", inside=True, marker=1),
     Painting("outpainting", inside=False, marker=2, smallest=0.5, largest=0.8),
     Stylization(),
@@ -67,7 +69,24 @@ def test_which_frames_are_known():
     assert BY_NAME["t2v"].split(clip())[0].known is None
     assert known_frames("i2v") == [0]
     assert known_frames("interpolation") == [0, 16]
+    assert known_frames("connection") == [0, 1, 2, 3, 4, 12, 13, 14, 15, 16]
+    assert {len(known_frames("backward", seed)) for seed in range(20)} == {5, 9}
+    assert known_frames("backward", 1)[-5:] == [12, 13, 14, 15, 16]
+    for seed in range(9):  # of a short clip no more is known than leaves some of it
+        assert BY_NAME["continuation"].split(clip(9), seeded(seed))[0].leading == 5
     assert {tuple(known_frames("continuation", seed)) for seed in range(20)} == {tuple(range(5)), tuple(range(9))}
+
+
+def test_a_loop_leads_back_to_its_first_frame():
+    whole = clip()
+    given, target = Loop().split(whole.replace(audio=torch.zeros(2, 1, 9), audio_rate=4))
+    assert torch.equal(target.video[:, :, :9], whole.video[:, :, :9])
+    assert torch.equal(target.video, target.video.flip(2)) and target.audio is None and not target.controls
+    assert not (target.video[:, :, 1:] == target.video[:, :, :-1]).all(1).flatten(2).all(-1).any()  # it never stands
+    assert given.known.flatten(3).all(-1)[0, 0].nonzero()[:, 0].tolist() == [0, 16]
+    assert torch.equal(given.video[:, :, -1], whole.video[:, :, 0])
+    with pytest.raises(ValueError, match="loop needs clips of 3 frames"):
+        Loop().split(clip(1))
 
 
 @pytest.mark.parametrize("name", ["inpainting", "outpainting"])

@@ -11,7 +11,9 @@ from reelm.diffusion.dit import DiT
 from reelm.diffusion.model import Diffusion
 from reelm.diffusion.objectives import Flow
 from reelm.diffusion.solvers import Denoising
-from reelm.engine.generation import Inputs, Job, make, run_job
+from reelm.engine.generation import make
+from reelm.engine.inputs import Inputs
+from reelm.engine.job import Job, run_job
 from reelm.engine.store import describe
 from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_lm import load

@@ -15,6 +15,7 @@ from reelm.lm.sampling import Sampling
 from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
+from reelm.tasks.formats import Format, Formats
 from reelm.tasks.generation import Generation
 from reelm.tasks.known_frames import KnownFrames
 from reelm.tasks.painting import Painting
@@ -79,6 +80,29 @@ def test_a_saved_model_generates_the_same(model, folder):
     given = known_first(video())
     assert torch.equal(loaded.generate(given, "i2v").video, model.generate(given, "i2v").video)
     assert json.loads((folder / "config.json").read_text())["notes"] == {"step": 7}
+
+
+def test_formats_are_part_of_a_saved_model(model, folder, tmp_path):
+    formats = Formats((Format(9, (16, 16), 5.0), Format(5, (16, 24), 10.0, weight=0.5)))
+    several = VideoLM(model.tokenizer, model.text, model.lm, model.tasks, formats=formats)
+    assert (several.shape, several.fps) == (SHAPE, 5.0)
+    several.save_pretrained(tmp_path / "model")
+    again = VideoLM.from_pretrained(tmp_path / "model")
+    assert again.formats == again.packer.formats == formats
+    wide = Given((5, 16, 24), (PROMPTS[0],), fps=10.0)
+    assert torch.equal(again.generate(wide).video, several.eval().generate(wide).video)
+    assert not torch.equal(several.generate(PROMPTS[0]).video, model.generate(PROMPTS[0]).video)
+    # a model that is told none stays as it was
+    assert "formats" not in json.loads((folder / "config.json").read_text())
+    assert VideoLM.from_pretrained(folder).packer.formats is None
+
+
+def test_the_model_of_the_box_is_told_no_format():
+    boxed = load("zoetrope")
+    if boxed.formats is None:
+        ids = boxed.packer.pack(Given(boxed.shape, ("a red star",), fps=boxed.fps), 0).ids[0]
+        text = boxed.packer.text_length("a red star")
+        assert len(ids) == 3 + text + 2 and ids[:3].tolist() == [1, 32, 3] and ids[-2:].tolist() == [4, 11]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -69,37 +69,47 @@ class Zoetrope(Dataset[Clip]):
     def __getitem__(self, index: int) -> Clip:
         return self.get(index)
 
-    def scene(self, index: int, frames: int | None = None) -> Scene:
-        """The scene of a clip; one frame gives a still scene."""
+    def scene(self, index: int, frames: int | None = None, fps: float | None = None) -> Scene:
+        """The scene of a clip; one frame gives a still scene, and longer clips have slower motions."""
         frames = frames or self.frames
         number = self._checked(index)
         if frames == 1:
             return sample_scene(self.seed, self.split, number, still=True)
         options = {"moving_camera": self.moving_camera, "only": self.motions}
-        return sample_scene(self.seed, self.split, number, seconds=frames / self.fps, **options)
+        return sample_scene(self.seed, self.split, number, seconds=frames / (fps or self.fps), **options)
 
     def caption(self, index: int, frames: int | None = None) -> str:
         """The caption of a clip, without drawing it."""
         return self._caption(self.scene(index, frames), index, frames or self.frames)
 
-    def get(self, index: int, frames: int | None = None, controls: Sequence[str] | None = None, draw: int = 0) -> Clip:
-        """A batch of one clip with `frames` frames (1 is an image) and these controls; default: the dataset's own.
+    def get(
+        self,
+        index: int,
+        frames: int | None = None,
+        controls: Sequence[str] | None = None,
+        draw: int = 0,
+        size: tuple[int, int] | None = None,
+        fps: float | None = None,
+        audio: bool | None = None,
+    ) -> Clip:
+        """A batch of one clip with `frames` frames (1 is an image), these controls, size and rate, with its sound or
+        without; default: as the dataset has them.
 
         draw: of no effect; a scene is the same in each pass over the data.
         """
-        frames = frames or self.frames
-        scene = self.scene(index, frames)
-        pixels = render(scene, frames, self.size, self.fps)
+        frames, size, fps = frames or self.frames, size or self.size, fps or self.fps
+        scene = self.scene(index, frames, fps)
+        pixels = render(scene, frames, size, fps)
         controls = self.controls if controls is None else tuple(controls)
-        audio = None
-        if self.audio and frames > 1:
-            audio = torch.from_numpy(sound(scene, frames / self.fps, RATE))[None]
+        wave = None
+        if (self.audio if audio is None else audio) and frames > 1:
+            wave = torch.from_numpy(sound(scene, frames / fps, RATE))[None]
         return Clip(
             video=_to_video(pixels),
-            fps=self.fps,
-            audio=audio,
-            audio_rate=None if audio is None else RATE,
-            controls=self._controls(scene, frames, controls),
+            fps=fps,
+            audio=wave,
+            audio_rate=None if wave is None else RATE,
+            controls=self._controls(scene, controls, frames, size, fps),
             captions=(self._caption(scene, index, frames),),
             keys=(self.key(index),),
         )
@@ -127,12 +137,14 @@ class Zoetrope(Dataset[Clip]):
     def key(self, index: int) -> str:
         return f"zoetrope/{self.split}/{index}"
 
-    def _controls(self, scene: Scene, frames: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def _controls(
+        self, scene: Scene, names: tuple[str, ...], frames: int, size: tuple[int, int], fps: float
+    ) -> dict[str, Tensor]:
         fields = {CONTROLS[name] for name in names if name in CONTROLS}
         if len(fields) < len(set(names)):
             unknown = next(name for name in names if name not in CONTROLS)
             raise ValueError(f"Zoetrope has no control {unknown!r}: choose from {', '.join(CONTROLS)}")
-        known = truth(scene, frames, self.size, self.fps, tuple(fields)) if fields else {}
+        known = truth(scene, frames, size, fps, tuple(fields)) if fields else {}
         made = {}
         for name in names:
             values = torch.from_numpy(known[CONTROLS[name]])

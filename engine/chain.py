@@ -1,0 +1,57 @@
+"""Tasks one after the other, each given what the one before it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelm.data.clip import Clip
+from reelm.engine.generation import make
+from reelm.engine.inputs import Inputs
+from reelm.engine.interruption import Windows
+from reelm.engine.video_model import VideoModel
+
+
+def make_chain(
+    model: VideoModel, steps: Sequence[tuple[str, Inputs]], made: list[list[Tensor]] | None = None, **options: Any
+) -> Clip:
+    """Clips of several tasks, each of which is given what the one before it made (VideoPoet, section 5.4).
+
+    steps: tasks and their inputs, without what comes from the task before. made, options: those of `make`, for all
+        steps together.
+    """
+    clip, windows = None, Windows(made)
+    for task, inputs in steps:
+        inputs = inputs if clip is None else inputs.after(clip, task)
+        clip = make(model, task, inputs, made=windows, **options)
+    return clip
+
+
+def chain_of(links: Sequence[str | Mapping[str, Any]], inputs: Inputs) -> list[tuple[str, Inputs]]:
+    """The steps of a chain, each with those of the inputs that it makes use of.
+
+    links: names of tasks, or mappings that also hold inputs of their own: `{task: stylization, prompt: in neon style}`.
+    Raises ValueError for a chain that cannot be, or an input of no use in it.
+    """
+    known = {field.name for field in fields(Inputs)}
+    steps: list[tuple[str, Inputs]] = []
+    for link in links:
+        own = {"task": link} if isinstance(link, str) else dict(link)
+        task = own.pop("task", None)
+        if not task or not set(own) <= known:
+            wrong = min(set(own) - known, default="no task")
+            raise ValueError(f"a link of chain is a task or {{task: ..., and inputs}}; got one with {wrong}")
+        mine = replace(inputs.alone(task), **own)
+        (mine.after(_BLANK, task) if steps else mine).check(task)
+        steps.append((task, mine))
+    for name in ("image", "last", "video", "mask", "audio"):
+        if getattr(inputs, name) and not any(getattr(mine, name) for _, mine in steps):
+            raise ValueError(f"no task of chain={[task for task, _ in steps]} has a use for {name}=...; leave it out")
+    return steps
+
+
+_BLANK = Clip(torch.zeros(1, 3, 1, 1, 1))  # stands for what the step before will have made

@@ -1,0 +1,68 @@
+"""The sound that a model makes on Zoetrope, beside the judge's own error, chance and the ceiling of its codec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reelm.data.clip import Clip
+from reelm.data.writing import write_contact_sheet
+from reelm.data.zoetrope.dataset import Zoetrope
+from reelm.engine.video_model import VideoModel
+from reelm.evaluation.zoetrope_hearing import ATTRIBUTES, Hearing, hear, picture, score, truth_of
+from reelm.evaluation.zoetrope_judge import Tally
+from reelm.tasks.task import Given
+
+KINDS = ("generated", "ceiling", "judge", "chance")
+TOLD_BY_PROMPTS = ("voices", "pitch", "bouncing")  # where and when voices sound, prompts leave open
+
+
+class Ear:
+    """Hears the clips of one task and scores them against the scenes."""
+
+    def __init__(self, model: VideoModel, world: Zoetrope) -> None:
+        self.model, self.world = model, world
+        self.tallies = {kind: Tally() for kind in KINDS}
+        self.heard: dict[int, tuple[Hearing, Hearing]] = {}
+        self.pictures: list[tuple[Tensor, str]] = []
+        self.kept: tuple[str, ...] = ATTRIBUTES
+
+    def add(self, indices: list[int], given: Given, target: Clip, result: Clip) -> None:
+        """Counts a batch in."""
+        rate, audio = target.audio_rate, self.model.audio
+        self.kept = ATTRIBUTES if given.known is not None else TOLD_BY_PROMPTS
+        ceiling = audio.decode(audio.encode(target.audio))[..., : target.audio.shape[-1]]
+        for i, index in enumerate(indices):
+            truth = truth_of(self.world.scene(index, target.frames, target.fps), target.frames / target.fps)
+            made = hear(_stereo(result.audio[i]), rate)
+            self.heard[index] = made, truth
+            for kind, heard in (
+                ("generated", made),
+                ("ceiling", hear(_stereo(ceiling[i]), rate)),
+                ("judge", hear(target.audio[i], rate)),
+            ):
+                self._note(kind, heard, truth)
+            if index < 12:
+                self.pictures.append((picture(_stereo(result.audio[i]).cpu(), rate, truth), target.captions[i]))
+
+    def _note(self, kind: str, heard: Hearing, truth: Hearing) -> None:
+        counts = {name: count for name, count in score(heard, truth).items() if name in self.kept}
+        self.tallies[kind].note(counts, single=len(truth.voices) == 1)
+
+    def scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Shares of what is right, by kind, scenes and attribute; chance is the scene of the next clip."""
+        numbers = list(self.heard)
+        for number, index in enumerate(numbers):
+            self._note("chance", self.heard[index][0], self.heard[numbers[(number + 1) % len(numbers)]][1])
+        return {kind: tally.shares() for kind, tally in self.tallies.items()}
+
+    def sheet(self, path: Path) -> None:
+        """Waveforms and levels over the truth."""
+        videos = torch.stack([image for image, _ in self.pictures])
+        write_contact_sheet(path, videos, columns=1, labels=[text for _, text in self.pictures], scale=2)
+
+
+def _stereo(sound: Tensor) -> Tensor:
+    return sound.expand(2, -1)

@@ -1,0 +1,493 @@
+"""Tasks of video and sound: what is told, the sequence, the head, the model, and what a user hands in."""
+
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reelm.data.clip import Clip
+from reelm.data.module import ClipData
+from reelm.data.reading import probe, read_video
+from reelm.data.writing import write_video
+from reelm.data.zoetrope.dataset import Zoetrope
+from reelm.engine import store
+from reelm.engine.chain import chain_of, make_chain
+from reelm.engine.evaluation import evaluate
+from reelm.engine.generation import make
+from reelm.engine.inputs import Inputs
+from reelm.engine.job import Job, run_job
+from reelm.engine.lm_training import LMTraining
+from reelm.engine.optimisation import Optimisation
+from reelm.engine.video_lm import VideoLM
+from reelm.lm.audio_visual import AudioVisual
+from reelm.lm.decoding import OneByOne
+from reelm.lm.heads import Categorical, Chained
+from reelm.lm.language_model import LanguageModel
+from reelm.lm.parallel import Diagonal
+from reelm.lm.sampling import Sampling
+from reelm.lm.speculative import Jacobi
+from reelm.lm.transformer import Transformer
+from reelm.lm.vocabulary import SPECIAL, Special, Vocabulary, task_token
+from reelm.tasks.generation import Generation
+from reelm.tasks.packing import CONDITION_TIME, TEXT_TIME, Packer
+from reelm.tasks.sound import SOUND_ROW, SoundTokens
+from reelm.tasks.task import Given, Mixture
+from reelm.tasks.with_sound import WithSound
+from reelm.tokenizers.audio import SoundStream
+from reelm.tokenizers.magvit2 import MAGVIT2
+from reelm.tokenizers.quantizers import FSQ, ResidualVQ
+from reelm.tokenizers.text import SentencePieceText
+
+CAPTIONS = ("a red star", "a blue circle bounces")
+SHAPE, GRID, PER_FRAME, LATENTS, LEVELS, CODES = (9, 16, 16), (3, 2, 2), 4, 18, 2, 8
+RATE, STEP = 16_000, 1000
+TASKS = {
+    task.name: task
+    for task in (
+        Generation(),
+        WithSound("v2a", told=("video",), asks=("audio",), prompted=False, marker=4),
+        WithSound("a2v", told=("audio",), asks=("video",), prompted=False, marker=0),
+        WithSound("t2av"),
+        WithSound("av_continuation", first=(5,)),
+    )
+}
+LOUD = [name for name in TASKS if name != "t2v"]
+FAST = Sampling(guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoLM:
+    torch.manual_seed(0)
+    video = MAGVIT2(FSQ((4, 4)), (16, 16), ((1, 2, 2),), (1, 1), ((1, 3, 3), (3, 3, 3)), (4, 4, 4))
+    audio = SoundStream(ResidualVQ(CODES, 4, LEVELS), widths=[8, 8], strides=[5], patch=200, dilations=[1])
+    text = SentencePieceText.train([f"{caption} {i}" for caption in CAPTIONS for i in range(20)], 400)
+    vocabulary = Vocabulary(16, LEVELS * CODES, text.vocabulary)
+    head = AudioVisual(vocabulary, 32, Chained(vocabulary, 32), LEVELS)
+    lm = LanguageModel(Transformer(32, 2, 2, sites=(8, 8, 8)), head)
+    for parameter in lm.parameters():  # a fresh model sees no context and predicts nothing
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return VideoLM(video, text, lm, TASKS, SHAPE, 8.0, FAST, audio=audio).eval()
+
+
+@pytest.fixture
+def clip() -> Clip:
+    sound = torch.rand(2, 2, 18_000) - 0.5
+    return Clip(torch.rand(2, 3, *SHAPE) * 2 - 1, captions=CAPTIONS, audio=sound, audio_rate=RATE)
+
+
+def split(name: str, clip: Clip) -> Given:
+    return TASKS[name].split(clip, torch.Generator().manual_seed(0))[0]
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+
+
+def test_what_is_told_and_what_is_asked(clip):
+    given = {name: split(name, clip) for name in TASKS}
+    assert [given[name].asks for name in TASKS] == [("video",), ("audio",), ("video",), *[("video", "audio")] * 2]
+    assert given["t2v"].audio is None and given["t2av"].audio is None and given["t2av"].known is None
+    assert given["v2a"].known.all() and given["v2a"].audio is None and torch.equal(given["v2a"].video, clip.video)
+    assert given["a2v"].known is None and torch.equal(given["a2v"].audio, clip.audio)
+    both = given["av_continuation"]
+    assert both.leading == 5 and torch.equal(both.audio, clip.audio[..., :10_000]) and both.audio_rate == RATE
+    assert given["v2a"].captions == ("", "") and both.captions == CAPTIONS
+    again = store.build(store.describe(TASKS))
+    assert all((again[name].told, again[name].first) == (TASKS[name].told, TASKS[name].first) for name in LOUD)
+
+
+@pytest.mark.parametrize("wrong", [{"asks": ()}, {"told": ["video"]}, {"asks": ["smell"]}])
+def test_impossible_tasks_are_refused(wrong):
+    with pytest.raises(ValueError, match="odd tells some of video, audio and asks for others"):
+        WithSound("odd", **wrong)
+
+
+def test_a_clip_without_sound_is_named(clip):
+    with pytest.raises(ValueError, match="v2a needs the sound of clips; the data source gave none"):
+        split("v2a", clip.replace(audio=None))
+
+
+# ---------------------------------------------------------------------------------------------------- sequence
+
+
+def test_sound_goes_level_by_level_with_ids_and_places_of_its_own(model):
+    sound = model.packer.sound
+    codes = torch.randint(CODES, (2, LATENTS, LEVELS))
+    ids = sound.ids(codes)
+    assert torch.equal(sound.codes(ids), codes)
+    start = model.lm.head.vocabulary.audio_range.start
+    assert ids[0, :LATENTS].tolist() == [start + code for code in codes[0, :, 0].tolist()]
+    assert ids[0, LATENTS:].tolist() == [start + CODES + code for code in codes[0, :, 1].tolist()]
+    where = sound.positions(0, LATENTS, 8.0)
+    assert where[0, :, 0].tolist() == [0] * 2 + [1] * 8 + [2] * 8  # two latents a frame, the first frame is alone
+    assert where[1, :, 2].tolist() == [0, 1, *range(8), *range(8)]
+    assert where[0, 0, 1] == SOUND_ROW and where[1, 0, 1] == SOUND_ROW + 1
+    assert torch.equal(sound.positions(5, LATENTS, 8.0), where[:, 5:])
+    assert len(set(map(tuple, where.flatten(0, 1).tolist()))) == LATENTS * LEVELS
+
+
+def test_of_known_sound_whole_latents_count_or_all_of_it(model, clip):
+    sound, given = model.packer.sound, split("av_continuation", clip)
+    assert torch.equal(sound.known(given), sound.tokenizer.encode(clip.audio)[:, :10])  # causal: as of the whole
+    assert sound.known(given.replace(audio=given.audio[..., :9_999])).shape[1] == 9
+    assert sound.known(given.replace(audio=given.audio[..., :999])) is None
+    assert sound.known(given.replace(audio=clip.audio)).shape[1] == LATENTS
+    assert sound.known(given.replace(audio=torch.cat([clip.audio] * 2, 2))).shape[1] == LATENTS
+    uneven = given.replace(shape=(8, 16, 16), fps=7.0, audio=clip.audio)  # 18,286 samples: the last latent is filled up
+    assert sound.latents(uneven) == 19 and sound.known(uneven).shape[1] == 18
+    with pytest.raises(ValueError, match="the sound has 8000 samples a second; this model hears 16000: resample it"):
+        sound.known(given.replace(audio_rate=8000))
+    with pytest.raises(ValueError, match="2 levels of 8 codes are another number"):
+        SoundTokens(sound.tokenizer, Vocabulary(16, 8), 4)
+
+
+def expected(model: VideoLM, name: str, clip: Clip) -> tuple[list[torch.Tensor], list[list[int]], int]:
+    """Ids in pieces, places, and the number of columns of the prefix, written out."""
+    packer, rows = model.packer, len(clip)
+    video = packer.tokenizer.encode(clip.video).flatten(1) + SPECIAL
+    codes = packer.sound.tokenizer.encode(clip.audio)
+    where = [[t, y, x] for t in range(3) for y in range(2) for x in range(2)]
+    spots = packer.sound.positions(0, LATENTS, 8.0)
+    heard = 10 if name == "av_continuation" else 0
+
+    def mark(token: int, row: int) -> None:
+        ids.append(torch.full((rows, 1), int(token)))
+        places.append([TEXT_TIME, row, 0])
+
+    def away(part: torch.Tensor) -> list[list[int]]:
+        return [[t - CONDITION_TIME, y, x] for t, y, x in part.flatten(0, 1).tolist()]
+
+    text = packer.pack(split(name, clip), 0).ids[:, 3:11]
+    ids: list[torch.Tensor] = []
+    places: list[list[int]] = []
+    mark(Special.bos, 0), mark(task_token(TASKS[name].marker), 1), mark(Special.bot_i, 2)
+    ids.append(text)
+    places += [[TEXT_TIME, 3, i] for i in range(8)]
+    mark(Special.eot_i, 4)
+    if name == "v2a":
+        mark(Special.bov_i, 5)
+        ids.append(video)
+        places += [[t - CONDITION_TIME, y, x] for t, y, x in where]
+        mark(Special.eov_i, 6)
+    if name in ("a2v", "av_continuation"):
+        known = heard or LATENTS
+        mark(Special.boa_i, 11)
+        ids.append(packer.sound.ids(codes[:, :known]))
+        places += away(spots[:, :known])
+        mark(Special.eoa_i, 12)
+    if name != "v2a":
+        mark(Special.bov_o, 7)
+    prefix = len(places) + (2 * PER_FRAME if name == "av_continuation" else 0)
+    if name != "v2a":
+        ids.append(video)
+        places += where
+    if name != "a2v":
+        mark(Special.boa_o, 13)
+        prefix += name == "v2a"
+        ids.append(packer.sound.ids(codes[:, heard:]))
+        places += spots[:, heard:].flatten(0, 1).tolist()
+    return ids, places, prefix
+
+
+def packed(model: VideoLM, name: str, clip: Clip):
+    packer, given = model.packer, split(name, clip)
+    video = packer.tokenizer.encode(clip.video) if "video" in given.asks else None
+    sound = packer.sound.encode(clip.audio, RATE) if "audio" in given.asks else None
+    return packer.pack(given, TASKS[name].marker, video, sound=sound)
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_layout_token_by_token(model, clip, name):
+    sequence = packed(model, name, clip)
+    ids, places, prefix = expected(model, name, clip)
+    assert torch.equal(sequence.ids, torch.cat(ids, 1))
+    assert sequence.positions[0].tolist() == sequence.positions[1].tolist() == places
+    assert sequence.prefix == prefix and not sequence.loss[:, :prefix].any()
+    told = torch.zeros(len(places), dtype=torch.bool)
+    told[:prefix] = True
+    told |= sequence.ids[0] == int(Special.boa_o)  # it is asked for, not predicted
+    assert torch.equal(sequence.loss[0], ~told)
+    made = {"v2a": 36, "a2v": 12, "t2av": 48, "av_continuation": 4 + 16}[name]
+    assert sequence.loss.sum() == 2 * made
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_inference_sees_the_prefix_of_training(model, clip, name):
+    training, given = packed(model, name, clip), split(name, clip)
+    inference = model.packer.pack(given, TASKS[name].marker)
+    assert inference.length == inference.prefix == training.prefix
+    for field in ("ids", "positions", "next_positions"):
+        assert torch.equal(getattr(training, field)[:, : training.prefix], getattr(inference, field)), field
+
+
+def test_a_model_without_sound_says_so(model, clip):
+    silent = Packer(model.tokenizer, model.text, model.lm.head.vocabulary)
+    for name in LOUD:
+        with pytest.raises(ValueError, match="neither hears nor makes sound"):
+            silent.pack(split(name, clip), 0)
+
+
+# ---------------------------------------------------------------------------------------------------- head
+
+V = Vocabulary(64, 24, 16)
+
+
+def head(visual=Categorical) -> AudioVisual:
+    made = AudioVisual(V, 12, visual, 3)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+@pytest.mark.parametrize("visual", [Categorical, Chained])
+def test_each_id_is_predicted_by_its_part(visual):
+    made, hidden = head(visual), torch.randn(2, 9, 12)
+    ids = torch.tensor([[3, 256, 300, 320, 325, 327, 328, 335, 336]] * 2)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0, 1]] * 2).bool()
+    loss, metrics = made.loss(hidden, ids, mask)
+    parts = [(made.visual, [1, 2]), (made.sound[0], [3, 4, 5]), (made.sound[1], [6]), (made.sound[2], [8])]
+    total = 0
+    for part, columns in parts:
+        here = torch.zeros_like(mask)
+        here[:, columns] = True
+        total = total + len(columns) * part.loss(hidden, ids, here)[0]
+    torch.testing.assert_close(loss, total / 7)
+    torch.testing.assert_close(metrics["nll"], loss)
+    assert 0 <= metrics["accuracy"] <= 1
+    weighted = made.loss(hidden, ids, mask.float() * torch.tensor([1, 0, 0, 2, 2, 2, 0, 0, 0]))[0]
+    torch.testing.assert_close(weighted, made.sound[0].loss(hidden, ids, mask & (ids < 328) & (ids > 319))[0])
+    with pytest.raises(ValueError, match="its loss mask is empty"):
+        made.loss(hidden, ids, torch.zeros_like(mask))
+
+
+def test_levels_are_ranges_and_all_ids_have_vectors():
+    made = head()
+    assert [(level.offset, level.size) for level in made.sound] == [(320, 8), (328, 8), (336, 8)]
+    vectors = made.embed(torch.arange(V.size)[None])[0]
+    assert torch.cdist(vectors, vectors).add(torch.eye(V.size)).min() > 1e-3
+    for level in made.sound:
+        assert torch.equal(level.embed(torch.arange(V.size)[None])[0], vectors)
+        drawn = level.sample(torch.randn(50, 12), lambda logits: logits.argmax(-1))
+        assert ((drawn >= level.offset) & (drawn < level.offset + 8)).all()
+    assert sum(p.numel() for p in made.sound.parameters()) == 24 * 12  # no table of ids of their own
+    with pytest.raises(ValueError, match="24 audio ids are not the same number of codes for each of 5 levels"):
+        AudioVisual(V, 12, Categorical, 5)
+
+
+def test_it_is_saved_and_grows_from_a_model_without_sound(tmp_path):
+    def transformer() -> Transformer:
+        return Transformer(12, 1, 2, sites=None)
+
+    small = Vocabulary(64, 0, 10)
+    silent = LanguageModel(transformer(), Chained(small, 12))
+    for parameter in silent.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    store.save(silent, tmp_path / "silent")
+    loud = LanguageModel(transformer(), AudioVisual(V, 12, Chained, 3))
+    store.grow(loud, tmp_path / "silent", "lm")
+    ids = torch.cat([torch.arange(320), torch.arange(small.text_range.start, small.size)])
+    moved = torch.where(ids >= small.text_range.start, ids + V.audio, ids)
+    torch.testing.assert_close(loud.head.embed(moved[None]), silent.head.embed(ids[None]))
+    hidden = torch.randn(5, 12)
+    for a, b in zip(loud.head.visual.logits(hidden), silent.head.logits(hidden), strict=True):
+        torch.testing.assert_close(a, b)
+    store.save(loud, tmp_path / "loud")
+    again = store.load(tmp_path / "loud")
+    assert torch.equal(again.head.sound[1].scores.weight, loud.head.sound[1].scores.weight)
+    assert torch.equal(again.head.sound[2].embed(moved[None]), loud.head.embed(moved[None]))
+    more = LanguageModel(transformer(), AudioVisual(V, 12, Chained, 3))
+    store.grow(more, tmp_path / "loud", "lm")
+    assert torch.equal(more.head.embed(moved[None]), loud.head.embed(moved[None]))
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_generation_continues_what_training_saw(model, clip, name):
+    """Greedy generation of cached parts is the most probable of one uncached pass over the whole sequence."""
+    states: list[torch.Tensor] = []
+    hook = model.lm.transformer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[1].ids))
+    model.generate(split(name, clip), name, Sampling(temperature=0, decoding=OneByOne()))
+    hook.remove()
+    last = max(i for i, ids in enumerate(states) if ids.shape[1] > 1)  # where the last part begins, after all others
+    tokens, whole = torch.cat(states[last:], 1), packed(model, name, clip)
+    assert tokens.shape[1] == whole.length - 1 and torch.equal(tokens[:, : whole.prefix], whole.ids[:, : whole.prefix])
+    hidden = model.lm(whole.replace(ids=torch.cat([tokens, whole.ids[:, -1:]], 1)))
+    parts = (model.lm.head.visual, *model.lm.head.sound)
+    for column in whole.loss[0, :-1].nonzero()[:, 0].tolist():
+        part = next(part for part in parts if 0 <= int(whole.ids[0, column]) - part.offset < part.size)
+        best = part.sample(hidden[:, column - 1], lambda scores: scores.argmax(-1))
+        assert torch.equal(best, tokens[:, column]), column
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_every_task_makes_clips_with_sound(model, clip, name):
+    calls = []
+    made = model.generate(split(name, clip), name, seed=1, progress=lambda *count: calls.append(count))
+    assert made.video.shape == clip.video.shape and made.audio.shape == clip.audio.shape and made.audio_rate == RATE
+    assert made.audio.abs().max() <= 1 and made.audio.isfinite().all()
+    asked = {"v2a": 36, "a2v": 12, "t2av": 48, "av_continuation": 4 + 16}[name]
+    assert calls[-1] == (asked, asked) and calls == sorted(set(calls))
+    assert torch.equal(made.video, clip.video) == (name == "v2a")
+    assert torch.equal(made.audio, clip.audio) == (name == "a2v")
+    again = model.generate(split(name, clip), name, seed=1)
+    assert torch.equal(again.audio, made.audio) and torch.equal(again.video, made.video)
+
+
+@pytest.mark.parametrize("decoding", [OneByOne(), Jacobi(4), Diagonal()], ids=str)
+def test_an_interrupted_clip_goes_on_in_its_video_or_its_sound(model, clip, decoding):
+    sampling, given, made = Sampling(temperature=0.8, decoding=decoding), split("av_continuation", clip), []
+    whole = model.generate(given, "av_continuation", sampling, seed=1, made=made)
+    ids = torch.cat(made, 1)
+    assert ids.shape == (2, 4 + 16)
+    for count in (3, 4, 9, 17):
+        again = [ids[:, :count]]
+        clip_again = model.generate(given, "av_continuation", sampling, seed=1, made=again)
+        assert torch.equal(torch.cat(again, 1), ids)
+        torch.testing.assert_close(clip_again.audio, whole.audio, rtol=0, atol=1e-5)
+
+
+def test_known_sound_comes_back_as_its_own_tokens(model, clip):
+    made = model.generate(split("av_continuation", clip), "av_continuation")
+    known = model.audio.decode(model.audio.encode(clip.audio[..., :10_000]))
+    torch.testing.assert_close(made.audio[..., :10_000], known, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_sample_does_not_depend_on_its_batch(model, clip, guidance):
+    sampling = Sampling(temperature=0.8, guidance=guidance)
+    together = model.generate(split("t2av", clip), "t2av", sampling, seed=3)
+    alone = model.generate(split("t2av", clip[1]), "t2av", sampling, seed=4)
+    torch.testing.assert_close(alone.audio[0], together.audio[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone.video[0], together.video[1], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def box(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("box") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_model_sounds_the_same(model, box, clip, tmp_path):
+    loaded = VideoLM.from_pretrained(box)
+    for name in LOUD:
+        one, other = (each.generate(split(name, clip), name, seed=2) for each in (model, loaded))
+        assert torch.equal(one.audio, other.audio) and torch.equal(one.video, other.video)
+    config = json.loads((box / "config.json").read_text())
+    assert config["audio"] == store.fingerprint(model.audio)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "audio": "0" * 16}))
+    for part in ("tokenizer", "audio", "lm", "text.model"):
+        (tmp_path / part).symlink_to(box / part)
+    with pytest.raises(ValueError, match="another tokenizer than .*/audio"):
+        VideoLM.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- a user
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory) -> str:
+    """A clip of 2 s with a tone in its sound."""
+    clock = np.arange(32_000) / RATE
+    tone = torch.from_numpy(np.stack([np.sin(2 * np.pi * 440 * clock)] * 2)).float()[None] * 0.3
+    video = torch.linspace(-1, 1, 16).view(1, 1, 16, 1, 1).expand(1, 3, 16, 32, 32).contiguous()
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    write_video(path, Clip(video, 8.0, audio=tone, audio_rate=RATE))
+    return str(path)
+
+
+def test_users_clips_and_sounds_are_taken(model, film):
+    seen = read_video(film, frames=9, size=(16, 16)).video
+    sounded = make(model, "v2a", Inputs(video=film), samples=2)
+    assert torch.equal(sounded.video, seen.expand(2, -1, -1, -1, -1)) and sounded.audio.shape == (2, 2, 18_000)
+    shown = make(model, "a2v", Inputs(audio=film, start=0.5))
+    assert shown.video.shape == (1, 3, *SHAPE) and 0.1 < shown.audio.abs().max() < 0.5
+    both = make(model, "t2av", Inputs("a red star"), frames=21)  # three windows
+    assert both.frames == 21 and both.audio.shape[-1] == 42_000
+    on = make(model, "av_continuation", Inputs(video=film))
+    tail = read_video(film, frames=5, size=(16, 16), start=11 / 8).video
+    assert (on.video[:, :, :5] - tail).abs().max() < 0.1 and on.audio.shape[-1] == 18_000
+    assert Inputs(audio=film).task() == "a2v"
+
+
+def test_sound_goes_through_a_chain(model):
+    steps = chain_of(["t2v", "v2a", "a2v"], Inputs("a red star"))
+    made = make_chain(model, steps, seed=1)
+    first = make(model, "t2v", Inputs("a red star"), seed=1)
+    second = make(model, "v2a", Inputs(video=first), seed=1)
+    torch.testing.assert_close(made.audio, second.audio, rtol=0, atol=1e-4)  # one other token: 0.01 and more
+    assert made.video.shape == first.video.shape
+    with pytest.raises(ValueError, match="has no sound to go on from"):
+        make(model, "a2v", Inputs(audio=first))
+
+
+def test_sound_is_written_with_the_clip(box, tmp_path):
+    paths = run_job(Job(str(box), "t2av", Inputs("a red star"), str(tmp_path / "a.mp4")), FAST, {})
+    assert probe(paths[0]).has_audio and read_video(paths[0], frames=9, audio=True).audio.shape[-1] == 18_000
+
+
+def test_a_model_learns_sound(model, box, tmp_path):
+    parts = {name: TASKS[name] for name in LOUD}
+    options = {"head": Chained, "optimisation": Optimisation(lr=1e-3), "text": 300}
+    common = {"tokenizer": box / "tokenizer", "task": Mixture(parts, dict.fromkeys(parts, 1)), **options}
+    with pytest.raises(ValueError, match="v2a needs an audio tokenizer: give its folder by stage.audio"):
+        LMTraining(lm=Transformer(32, 1, 2), **common)
+    training = LMTraining(lm=Transformer(32, 1, 2), audio=box / "audio", **common)
+    world = {name: Zoetrope(name, size=16, frames=9) for name in ("train", "validation")}
+    data = ClipData(world["train"], world["validation"], batch_size=2, validation_clips=2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=8, max_epochs=-1, num_sanity_val_steps=0, enable_model_summary=False, **quiet)
+    trainer.fit(training, data)
+    assert {group.name for group in data.groups} == set(LOUD) and all(group.audio for group in data.groups)
+    assert all(level.scores.weight.abs().max() > 0 for level in training.lm.head.sound)
+    training.export(tmp_path / "model", 8)
+    made = VideoLM.from_pretrained(tmp_path / "model").generate(
+        Given(SHAPE, ("a star",), asks=("video", "audio")), "t2av"
+    )
+    assert made.audio.shape == (1, 2, 18_000)
+    again = LMTraining(lm=Transformer(32, 1, 2), audio=box / "audio", **common)
+    again.start_from(tmp_path / "model")
+    silent = LMTraining(lm=Transformer(32, 1, 2), **{**common, "task": TASKS["t2v"]})
+    with pytest.raises(ValueError, match=r"give the same stage\.audio="):
+        silent.start_from(tmp_path / "model")
+
+
+def test_sound_is_evaluated_beside_chance_and_ceiling(model, tmp_path):
+    texts = []
+    names = ["v2a", "a2v", "t2av"]
+    results = evaluate(model, names, ("validation",), clips=3, batch=2, sheets=tmp_path, show=texts.append)[
+        "validation"
+    ]
+    heard = {name: results[name].get("heard") for name in names}
+    assert heard["a2v"] is None and set(heard["v2a"]["judge"]["all"]) >= {"voices", "pitch", "loudness", "pan", "all"}
+    assert heard["v2a"]["judge"]["all"]["all"] == 1.0 and heard["v2a"]["generated"]["all"]["all"] < 1
+    assert set(heard["t2av"]["chance"]["all"]) == {"voices", "pitch", "bouncing", "all"}
+    assert not results["v2a"]["generated"] and results["v2a"]["clips"] == 3
+    assert set(results["a2v"]["judge"]["all"]) == {"count", "shape", "size", "all"}
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "v2a_validation_sound", "a2v_validation", "t2av_validation", "t2av_validation_sound",
+    }  # fmt: skip
+    assert "loudness" in texts[0] and "colour" not in texts[0] and "colour" in texts[2] and "pitch" in texts[2]
+
+
+def test_mistakes_with_sound_are_one_line(model, film, tmp_path):
+    silent_file = tmp_path / "silent.mp4"
+    write_video(silent_file, Clip(torch.zeros(1, 3, 9, 32, 32), 8.0))
+    quiet = VideoLM(
+        model.tokenizer, model.text, LanguageModel(model.lm.transformer, model.lm.head.visual), TASKS, SHAPE
+    )
+    for made, task, inputs, message in (
+        (model, "a2v", Inputs(), "task=a2v needs audio="),
+        (model, "a2v", Inputs(audio=str(silent_file)), "holds no sound that can be decoded"),
+        (model, "t2v", Inputs("x", audio=film), "task=t2v has no use for audio="),
+        (quiet, "a2v", Inputs(audio=film), "needs a model that was trained with an audio tokenizer"),
+        (quiet, "v2a", Inputs(video=film), "neither hears nor makes sound"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            make(made, task, inputs)
+        assert "\n" not in str(caught.value)
