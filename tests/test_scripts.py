@@ -317,7 +317,8 @@ def test_stored_tokens_train_as_the_clips_they_are_of_do(task, tokenizer, videos
 
 
 def test_a_mixture_of_what_needs_no_pixels_is_trained_on_tokens(tokenizer, tokens, tmp_path):
-    without = [f"task.weights.{name}=0" for name in ("interpolation", "inpainting", "outpainting", "stylization")]
+    pixels = "backward interpolation connection loop inpainting outpainting stylization".split()
+    without = [f"task.weights.{name}=0" for name in pixels]
     without += ["task.parts.continuation.first=[5]", "trainer.max_steps=8", "data.workers=1"]
     common = (*LM, *TINY, *without, f"stage.tokenizer={tokenizer}/model")
     assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}") == 0
@@ -328,7 +329,7 @@ def test_a_mixture_of_what_needs_no_pixels_is_trained_on_tokens(tokenizer, token
     [
         (["stage=lm", "task=inpainting"], "inpainting needs pixels and data=tokens holds none"),
         (["stage=lm", "task=stylization"], "stylization needs pixels"),
-        (["stage=lm", "task=mixture"], "interpolation needs pixels"),
+        (["stage=lm", "task=mixture"], "backward needs pixels"),
         (
             ["stage=lm", "task=t2v", "stage.tokenizer=pretrained/zoetrope/tokenizer"],
             "{tokens}/train holds tokens of an",
