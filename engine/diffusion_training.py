@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from reelm.data.module import Batch
@@ -64,13 +63,7 @@ class DiffusionTraining(ModelTraining):
         self.diffusion = Diffusion(network, objective)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        task, packer = self.tasks[batch.name], self.model.packer
-        given, target = task.split(batch.clip)
-        with torch.no_grad():
-            space = packer.space
-            latents = space.encode(target.video) if target.tokens is None else space.points(target.tokens)
-            conditions = packer.conditions(given, latents, self.dropped(len(given)))
-        return self.diffusion.loss(latents, conditions)
+        return self.model.loss(batch.clip, batch.name, self.dropped(len(batch.clip)))
 
     def blocks(self) -> Iterable[nn.Module]:
         return self.diffusion.denoiser.blocks

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reelm.data.module import Batch
@@ -19,6 +18,7 @@ from reelm.engine.video_lm import VideoLM
 from reelm.lm.audio_visual import AudioVisual
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
+from reelm.lm.masked import Masked, MaskedSampling
 from reelm.lm.sampling import Sampling
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
 from reelm.lm.vocabulary import Vocabulary
@@ -43,7 +43,7 @@ class LMTraining(ModelTraining):
         only: a regular expression for the names of the parameters that learn, such as "temporal|gate" of a dual-channel
             layout whose first channel comes from an image model (`init`); None: all.
         sampling: with which samples are drawn to be looked at, and which the saved model has by default. Of a way to
-            draw ids, temperature and guidance hold for continuous tokens too.
+            draw ids, temperature and guidance hold for masked and for continuous tokens too.
         formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
     """
@@ -70,6 +70,8 @@ class LMTraining(ModelTraining):
         continuous = getattr(head, "func", head) is TokenDiffusion
         if continuous and isinstance(sampling, Sampling):
             sampling = TokenDenoising(temperature=sampling.temperature, guidance=sampling.guidance)
+        if getattr(head, "func", head) is Masked and not isinstance(sampling, MaskedSampling):
+            sampling = MaskedSampling(temperature=sampling.temperature, guidance=sampling.guidance)
         super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling, formats)
         video = self.video_tokenizer[0]
         if continuous:
@@ -101,16 +103,7 @@ class LMTraining(ModelTraining):
                 raise ValueError(f"stage.only={only} is in no parameter's name, so nothing would learn")
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        task, packer = self.tasks[batch.name], self.model.packer
-        given, target = task.split(batch.clip)
-        with torch.no_grad():
-            tokens, sound = target.tokens, None
-            if tokens is None and "video" in given.asks:
-                tokens = packer.tokenizer.encode(target.video)
-            if "audio" in given.asks:
-                sound = packer.sound.encode(target.audio, target.audio_rate)
-            sequence = packer.pack(given, task.marker, tokens, unprompted=self.dropped(len(given)), sound=sound)
-        return self.lm.loss(sequence)
+        return self.model.loss(batch.clip, batch.name, self.dropped(len(batch.clip)))
 
     def more(self) -> dict[str, Any]:
         return {"audio": self.audio_tokenizer[0]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reelm.data.clip import Clip
 from reelm.diffusion.model import Diffusion
@@ -46,6 +46,14 @@ class VideoDiffusion(VideoModel):
         super().__init__(tokenizer, text, tasks, shape, fps, sampling, formats)
         self.diffusion = diffusion
         self.packer = Conditioner(tokenizer, text)
+
+    def loss(self, clip: Clip, task: str, unprompted: Tensor | bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        given, target = self.task(task).split(clip)
+        with torch.no_grad():
+            space = self.packer.space
+            latents = space.encode(target.video) if target.tokens is None else space.points(target.tokens)
+            conditions = self.packer.conditions(given, latents, unprompted)
+        return self.diffusion.loss(latents, conditions)
 
     @torch.inference_mode()
     def generate(

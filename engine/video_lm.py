@@ -72,6 +72,17 @@ class VideoLM(VideoModel):
     def lighten(self, dtype: str) -> str:
         return lighten(self.lm, dtype)
 
+    def loss(self, clip: Clip, task: str, unprompted: Tensor | bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        given, target = self.task(task).split(clip)
+        with torch.no_grad():
+            tokens, sound = target.tokens, None
+            if tokens is None and "video" in given.asks:
+                tokens = self.tokenizer.encode(target.video)
+            if "audio" in given.asks:
+                sound = self.packer.sound.encode(target.audio, target.audio_rate)
+            sequence = self.packer.pack(given, self.task(task).marker, tokens, unprompted=unprompted, sound=sound)
+        return self.lm.loss(sequence)
+
     def _decode(
         self, given: Given, sequence: Sequence, sampling: Sampling, seed: int, tokens: Account
     ) -> Iterator[tuple[Tensor, Tensor]]:

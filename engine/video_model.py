@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reelm.data.clip import Clip
 from reelm.data.writing import whole_file
@@ -70,6 +70,13 @@ class VideoModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.trained.parameters()).device
+
+    def loss(self, clip: Clip, task: str, unprompted: Tensor | bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of clips in training, and what to log.
+
+        unprompted: `(B,)` bool: whose prompts are left out, for classifier-free guidance; True: all.
+        """
+        raise NotImplementedError
 
     def generate(
         self,

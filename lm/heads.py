@@ -250,6 +250,14 @@ class Categorical(Head):
         return parts[0]
 
 
+def whole_bits(vocabulary: Vocabulary) -> int:
+    """Bits of a visual code; ValueError where the codes are not all that so many bits make."""
+    bits = (vocabulary.visual - 1).bit_length()
+    if 1 << bits != vocabulary.visual:
+        raise ValueError(f"{vocabulary.visual} codes are not a power of two; use head=categorical")
+    return bits
+
+
 class Factorized(Head):
     """Codes of many bits as several sub-tokens (MAGVIT-v2, arXiv:2310.05737, section 3.2).
 
@@ -257,7 +265,8 @@ class Factorized(Head):
     codes need two tables of 512 rows.
 
     Args:
-        bits: bits of each sub-token, the highest first; together they number the codes.
+        bits: bits of each sub-token, the highest first, which together number the codes; None: those of the
+            vocabulary's visual codes in two halves.
         tied: the same tables for embedding and for scores, as in the paper.
     """
 
@@ -265,10 +274,13 @@ class Factorized(Head):
         self,
         vocabulary: Vocabulary,
         width: int,
-        bits: tuple[int, ...] = (9, 9),
+        bits: tuple[int, ...] | None = None,
         offset: int = SPECIAL,
         tied: bool = True,
     ) -> None:
+        if bits is None:
+            whole = whole_bits(vocabulary)
+            bits = (whole - whole // 2, whole // 2)
         bits = tuple(bits)
         super().__init__(vocabulary, width, offset, 1 << sum(bits))
         self.bits, self.tied = bits, tied
@@ -323,9 +335,7 @@ class Chained(Factorized):
         tied: bool = False,
     ) -> None:
         if bits is None:
-            whole = (vocabulary.visual - 1).bit_length()
-            if 1 << whole != vocabulary.visual:
-                raise ValueError(f"{vocabulary.visual} codes are not a power of two; use head=categorical")
+            whole = whole_bits(vocabulary)
             bits = (whole - whole * 2 // 5, whole * 2 // 5)
         super().__init__(vocabulary, width, bits, offset, tied)
         self.links = nn.ModuleList(

@@ -8,9 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 from reelm.data.writing import whole_file
 from reelm.engine.evaluation import Zoetropes
 from reelm.engine.reconstruction import Reconstructions
+from reelm.engine.sweep import Sweep
 from reelm.scripts.common import program
 
-SUITES = {"zoetrope": Zoetropes, "reconstruction": Reconstructions}
+SUITES = {"zoetrope": Zoetropes, "reconstruction": Reconstructions, "sweep": Sweep}
 
 
 @program("evaluate", words=("lpips", "lpips_linear"))
