@@ -101,8 +101,11 @@ def check(config: str, arguments: Sequence[str]) -> None:
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIGS, version_base=None):
         groups = set(GlobalHydra.instance().config_loader().list_groups(""))
-        for job in _jobs(overrides):
+        jobs = list(_jobs(overrides))
+        for job in jobs:
             _check_job(config, job, groups)
+        if args.multirun:  # Hydra asks for the folder of all jobs, which names a choice, before it has one of them
+            HydraConfig.instance().set_config(compose(config, jobs[0], return_hydra_config=True))
 
 
 def _wrong_option(message: str) -> None:

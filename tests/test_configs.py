@@ -200,6 +200,12 @@ def test_right_settings_pass(arguments):
     check("train", arguments)
 
 
+def test_an_experiment_s_settings_stand_before_the_usual_ones():
+    cfg = composed("experiment=heads")
+    assert (cfg.output, cfg.ema, cfg.trainer.max_steps) == ("outputs/heads", 0.99, 1200)
+    assert composed("experiment=heads", "ema=0.5").ema == 0.5
+
+
 @pytest.mark.parametrize(
     "text", ["a red, big star", "it's (new) [x]=1", 'say "go"', "back\\", "\\'", "", "5 % {of} it"]
 )

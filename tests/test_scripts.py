@@ -316,6 +316,13 @@ def test_stored_tokens_train_as_the_clips_they_are_of_do(task, tokenizer, videos
     assert len(losses(tmp_path / "tokens")) == 3 and list((tmp_path / "tokens/samples").glob("*.mp4"))
 
 
+def test_a_multirun_needs_no_output(tokenizer, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["-m", "head=chained,masked", f"stage.tokenizer={tokenizer}/model", "trainer.max_steps=0", *LM[1:]]
+    assert program("train", *given) == 2 and "the schedule wsd needs an end" in error_line(capfd)
+    assert (tmp_path / "outputs" / "lm" / "multirun.yaml").is_file()
+
+
 def test_a_mixture_of_what_needs_no_pixels_is_trained_on_tokens(tokenizer, tokens, tmp_path):
     pixels = "backward interpolation connection loop inpainting outpainting stylization".split()
     without = [f"task.weights.{name}=0" for name in pixels]
