@@ -79,8 +79,8 @@ def _check_number(name: str, value: Any, whole: bool, least: int) -> None:
     kinds, most = (int,) if whole else (int, float), 2**48  # with room for the seeds of parts and samples
     if value is None or (type(value) in kinds and least <= value < most and (value or whole)):
         return
-    raise ValueError(f"{name}={value}; give a {'whole number' if whole else 'number'} {'from' if whole else 'above'} "
-                     f"{least}{' on' if whole else ''}")  # fmt: skip
+    what = f"a whole number from {least} to {most - 1}" if whole else f"a number above {least}"
+    raise ValueError(f"{name}={value}; give {what}")
 
 
 def _check_memory(job: Job, frames: int, size: tuple[int, int]) -> None:

@@ -300,6 +300,10 @@ def find(name: str | Path) -> Path:
 def load(name: str | Path) -> VideoModel:
     """A model from the box by its name ("zoetrope"), or from a folder, which tells its kind by the part in it."""
     folder = find(name)
+    if not (folder / "config.json").is_file() and (folder / "tokenizer").is_dir():
+        raise ValueError(
+            f"model={name} is a tokenizer alone, which makes no clips; give a model with lm/ or diffusion/"
+        )
     kind = VideoDiffusion if (folder / VideoDiffusion.part).is_dir() else VideoLM
     return kind.from_pretrained(folder)
 
