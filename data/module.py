@@ -242,8 +242,8 @@ class ClipData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("validation_clips", validation_clips)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more, and a whole number")
         self.train, self.validation = train, validation
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.validation_clips = validation_clips

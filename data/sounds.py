@@ -30,7 +30,7 @@ class SoundReader(MediaFile):
             stream = self.container.streams.best("audio")
             if stream is None or stream.codec_context is None:
                 self.container.close()
-                raise self.error("holds no sound that can be decoded: leave it out")
+                raise self.error("holds no sound that can be decoded: leave it out, or give one with sound")
         self.stream, self.begin = stream, float((stream.start_time or 0) * stream.time_base)
 
     def __enter__(self) -> SoundReader:

@@ -229,6 +229,8 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema={decay} is no share of the average that stays; give 0 (no average) to below 1")
         super().__init__(use_buffers=False, multi_avg_fn=moving_average(decay))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reelm.data.clip import Clip
 from reelm.engine.generation import make
-from reelm.engine.inputs import Inputs
+from reelm.engine.inputs import NEEDS, Inputs
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
 
@@ -37,14 +37,25 @@ def chain_of(links: Sequence[str | Mapping[str, Any]], inputs: Inputs) -> list[t
     links: names of tasks, or mappings that also hold inputs of their own: `{task: stylization, prompt: in neon style}`.
     Raises ValueError for a chain that cannot be, or an input of no use in it.
     """
-    known = {field.name for field in fields(Inputs)}
+    if isinstance(links, (str, Mapping)) or not isinstance(links, Sequence):
+        raise ValueError(f"chain={links} is no list; write it as one, such as chain=[t2i,i2v]")
+    usual = {field.name: field.default for field in fields(Inputs)}
     steps: list[tuple[str, Inputs]] = []
     for link in links:
+        if not isinstance(link, (str, Mapping)):
+            raise ValueError(f"a link of chain is a task or {{task: ..., and inputs}}; got {link}")
         own = {"task": link} if isinstance(link, str) else dict(link)
         task = own.pop("task", None)
-        if not task or not set(own) <= known:
-            wrong = min(set(own) - known, default="no task")
+        if not task or not set(own) <= set(usual):
+            wrong = min(set(own) - set(usual), default="no task")
             raise ValueError(f"a link of chain is a task or {{task: ..., and inputs}}; got one with {wrong}")
+        if task not in NEEDS:
+            raise ValueError(f"chain has the task {task}, which there is not; tasks are {', '.join(NEEDS)}")
+        for name, value in own.items():
+            kinds = (int, float) if isinstance(usual[name], float) else (str, Clip)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                what = "a number" if isinstance(usual[name], float) else "a text"
+                raise ValueError(f"{name}={value} of {task} in chain is not {what}; write it as one")
         mine = replace(inputs.alone(task), **own)
         (mine.after(_BLANK, task) if steps else mine).check(task)
         steps.append((task, mine))

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from reelm.tokenizers.memory import out_of_memory
+
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
             FloatingPointError, MemoryError, OSError)  # fmt: skip
 
@@ -29,6 +31,7 @@ def one_line_errors(program: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             # the latter is Lightning's, which not all programs import
             mistake = isinstance(error, MISTAKES) or type(error).__name__ == "MisconfigurationException"
+            mistake = mistake or out_of_memory(error)
             if not mistake or os.environ.get("REELM_TRACEBACK"):
                 raise
             print(f"error: {first_line(error)}", file=sys.stderr)

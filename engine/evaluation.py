@@ -195,6 +195,16 @@ class Zoetropes:
 
     def judge(self, folder: str, sheets: Path | None = None) -> dict[str, Any]:
         """Figures of a model of the box, or of a folder: its tokenizer's, then each task's on each split."""
+        for setting in ("tasks", "splits"):
+            value = getattr(self, setting)
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise ValueError(f"{setting}={value} is no list; write {setting}=[{value}]")
+        for setting in ("clips", "batch"):
+            value = getattr(self, setting)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{setting}={value}; give a whole number from 1 on")
+        for split in self.splits:
+            Zoetrope(split)
         model = load(folder)
         for task in self.tasks or ():
             model.task(task)

@@ -46,6 +46,8 @@ def make(
     made: for language models, a list that is filled with the tokens of each window, in pieces `(B, k)`; one that was
         filled by a call that was interrupted is gone on from.
     """
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}; give 1 or more")
     windows = made if isinstance(made, Windows) else Windows(made)
 
     def generate(given: Given, task: str, seed: int) -> Clip:

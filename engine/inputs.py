@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reelm.data.audio import resampled
 from reelm.data.clip import Clip
 from reelm.data.controls import control_image, flow, pseudo_depth
 from reelm.data.reading import probe, read_image, read_video
@@ -69,11 +72,14 @@ class Inputs:
         return "t2v"
 
     def check(self, task: str) -> None:
-        missing = [name for name in NEEDS.get(task, ()) if not getattr(self, name)]
+        given = {name: not isinstance(value, str) or bool(value.strip()) for name, value in vars(self).items() if value}
+        missing = [name for name in NEEDS.get(task, ()) if not given.get(name)]
         if missing:
             raise ValueError(f"task={task} needs {' and '.join(f'{name}=...' for name in missing)}")
         if not 0.2 <= self.keep < 1:
             raise ValueError(f"keep={self.keep}, the share of the frame that the clip fills, is from 0.2 to below 1")
+        if not 0 <= self.start < math.inf:
+            raise ValueError(f"start={self.start} is the second from which a clip is read; give 0 or more")
         for name in NAMES:
             if getattr(self, name) and name not in self.used(task):
                 raise ValueError(f"task={task} has no use for {name}={getattr(self, name)}; leave it out")
@@ -150,17 +156,19 @@ def _rate(model: VideoModel, task: str) -> int:
 
 
 def _sound(source: str | Clip, form: Format, rate: int, start: float = 0.0) -> Tensor:
-    """`(B, C, N)`, as long as a clip of the format, silent where the source ends."""
+    """`(B, C, N)` at the rate that the model hears, as long as a clip of the format, silent where the source ends."""
     seconds = form.frames / form.fps
     if not isinstance(source, Clip):
         with SoundReader(source) as reader:
             return reader.read(start, seconds, rate)
     if source.audio is None:
         raise ValueError("the clip that was made before has no sound to go on from")
+    audio = source.audio
     if source.audio_rate != rate:
-        raise ValueError(f"the clip's sound has {source.audio_rate} samples a second, the model hears {rate}")
+        waves = [resampled(wave, source.audio_rate, rate) for wave in audio.cpu().float().numpy()]
+        audio = torch.from_numpy(np.stack(waves)).to(audio)
     first, count = round(start * rate), round(seconds * rate)
-    return F.pad(source.audio, (0, max(first + count - source.audio.shape[-1], 0)))[..., first : first + count]
+    return F.pad(audio, (0, max(first + count - audio.shape[-1], 0)))[..., first : first + count]
 
 
 def _part(source: str | Clip, form: Format, step: int, most: int, end: bool) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +47,22 @@ class Job:
     keep_known: bool = True
     dtype: str = "auto"
     tokens: str | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | int | None = None
     fps: float | None = None
     chain: Sequence[str | Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        for name, whole, least in (
+            ("seconds", False, 0), ("frames", True, 1), ("samples", True, 1), ("seed", True, 0), ("fps", False, 0),
+        ):  # fmt: skip
+            _check_number(name, getattr(self, name), whole, least)
+        if self.frames and self.seconds:
+            raise ValueError(f"frames={self.frames} and seconds={self.seconds} both say how long; leave one out")
+        if self.size is not None:
+            size = [self.size] * 2 if isinstance(self.size, int) else self.size
+            if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int] * 2 or min(size) < 1:
+                raise ValueError(f"size={self.size}; give [height,width] in pixels, or one side of a square")
+            object.__setattr__(self, "size", tuple(size))
 
     def steps(self) -> list[tuple[str, Inputs]]:
         """The tasks to be done and their inputs, checked."""
@@ -58,6 +75,25 @@ class Job:
         return [(task, self.inputs)]
 
 
+def _check_number(name: str, value: Any, whole: bool, least: int) -> None:
+    kinds, most = (int,) if whole else (int, float), 2**48  # with room for the seeds of parts and samples
+    if value is None or (type(value) in kinds and least <= value < most and (value or whole)):
+        return
+    what = f"a whole number from {least} to {most - 1}" if whole else f"a number above {least}"
+    raise ValueError(f"{name}={value}; give {what}")
+
+
+def _check_memory(job: Job, frames: int, size: tuple[int, int]) -> None:
+    """ValueError where not even the pixels of the result fit this machine."""
+    need = 2 * 4 * 3 * job.samples * frames * size[0] * size[1]  # float32, and a copy while windows are joined
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if need > have:
+        raise ValueError(
+            f"frames={frames} with samples={job.samples} take {need / 1e9:.0f} GB of memory, and this machine has "
+            f"{have / 1e9:.0f}; ask for fewer"
+        )
+
+
 def _outputs(job: Job, task: str) -> tuple[Path, str]:
     """The result's path, checked before any work, and its extension."""
     suffix = ".png" if task == "t2i" else ".mp4"
@@ -68,13 +104,32 @@ def _outputs(job: Job, task: str) -> tuple[Path, str]:
     return check_output(path, allowed), path.suffix.lower()
 
 
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Warnings become notes of one line, each told once."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in told:
+            told.add(text)
+            _note(text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
 def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     """Makes the clips, writes them with a JSON of what made them, and a contact sheet of several.
 
     sampling: how, of the model's kind; or what is to be other than the model's own way.
     """
-    if job.samples < 1:
-        raise ValueError(f"samples={job.samples}; give 1 or more")
     started = time.monotonic()
     steps = job.steps()
     task = ",".join(name for name, _ in steps)
@@ -84,6 +139,10 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         model.task(name)
     sampling = model.sampling_with(sampling) if isinstance(sampling, Mapping) else sampling
     frames = job.frames or (round(job.seconds * (job.fps or model.fps)) + 1 if job.seconds else None)
+    form = model.fitting(frames, job.size, job.fps)
+    _check_memory(job, max(frames or 1, form.frames), form.size)
+    if job.tokens and not isinstance(model, VideoLM):
+        raise ValueError(f"tokens={job.tokens} go on with a language model's clip; this is a {model.noun}")
     settings = {  # what the result depends on, so that an interrupted job goes on with the same
         "task": task,
         "prompt": job.inputs.prompt,
@@ -108,22 +167,23 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         bar.update(line, completed=count, total=total)
 
     loaded = time.monotonic()
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
-        line = bar.add_task(task)
-        try:
+    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True)
+    line = bar.add_task(task)
+    try:
+        with bar, _noted():
             clip = make_chain(
                 model, steps, made if isinstance(model, VideoLM) else None, frames=frames, samples=job.samples,
                 seed=job.seed, sampling=sampling, keep_known=job.keep_known, size=job.size, fps=job.fps,
-                note=lambda text: print(f"note: {text}", file=sys.stderr), progress=progress,
+                note=_note, progress=progress,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            bar.stop()
+        done = time.monotonic()
+        for i, one in enumerate(paths):
+            (write_image if suffix in PICTURES else write_video)(one, clip[i])
+    except BaseException as error:  # what was made is never lost
+        if any(made) or isinstance(error, KeyboardInterrupt):
             keep_tokens(path.with_suffix(".tokens.safetensors"), made, settings, dtype)
-            raise
-    done = time.monotonic()
-    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
-    for i, one in enumerate(paths):
-        (write_image if suffix in PICTURES else write_video)(one, clip[i])
+        raise
     record = {
         **settings,
         "frames": clip.frames,

@@ -69,7 +69,7 @@ class ModelTraining(L.LightningModule):
         self.tasks = {part.name: part for part in tasks_of(task)}
         self.text = [text]  # in a list as well: T5 has weights
         self.text_drop, self.compile_blocks, self.sampling = text_drop, compile, sampling
-        self.formats = Formats(tuple(formats)) if formats else None
+        self.formats = Formats(formats) if formats else None
         self.pieces = text if isinstance(text, int) else text.vocabulary
         self.model: VideoModel | None = None
         self.tokenizer_hash, self.audio_hash = store.fingerprint(self.video_tokenizer[0]), None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from reelm.data.clip import Clip
 from reelm.engine import outside, store
+from reelm.engine.batches import Batch, in_order, in_step
 from reelm.engine.interruption import Account
 from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_model import VideoModel
@@ -30,8 +30,10 @@ from reelm.tasks.formats import Formats
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
 from reelm.tokenizers.text import SentencePieceText, T5Text
+from reelm.tokenizers.tiling import Tiled
 from reelm.tokenizers.tokenizer import VideoTokenizer
 from reelm.tokenizers.tokens import Tokens
+from reelm.tokenizers.within_memory import decode_within_memory
 
 LEVEL_SEEDS = 1 << 32  # between the seeds of the levels of sound, so that no two parts of a clip draw the same
 BOX = Path(__file__).resolve().parents[1] / "pretrained"
@@ -83,26 +85,27 @@ class VideoLM(VideoModel):
             sequence = self.packer.pack(given, self.task(task).marker, tokens, unprompted=unprompted, sound=sound)
         return self.lm.loss(sequence)
 
-    def _decode(
-        self, given: Given, sequence: Sequence, sampling: Sampling, seed: int, tokens: Account
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The clip's codes `(B, t, h, w)` so far, and which of them `(t * h * w,)` are there, after each pass."""
-        known, grid = self.packer.known_in(sequence), self.packer.grid(given)
+    def _decode(self, batch: Batch, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
+        """The clips' codes `(B, t, h, w)` so far, and which of them `(t * h * w,)` are there, after each pass."""
+        known, grid = self.packer.known_in(batch.sequence), self.packer.grid(batch.given)
         where, skip = Tokens.positions(grid, self.device), known.shape[1]
-        codes = known.new_zeros(len(given), len(where))
+        codes = known.new_zeros(len(known), len(where))
         codes[:, :skip] = self.lm.head.vocabulary.from_visual(known)
         there = torch.arange(len(where)) < skip
         yield codes.unflatten(1, grid), there
         head = getattr(self.lm.head, "visual", self.lm.head)
-        for numbers, ids in self._part(head, sequence, where[skip:], sampling, seed, tokens):
+        for numbers, ids in self._part(head, batch, batch.sequence, where[skip:], sampling):
             codes[:, numbers + skip] = self.lm.head.vocabulary.from_visual(ids)
             there[numbers.cpu() + skip] = True
             yield codes.unflatten(1, grid), there
 
     def _part(
-        self, head: Head, sequence: Sequence, where: Tensor, sampling: Sampling, seed: int, tokens: Account
+        self, head: Head, batch: Batch, sequence: Sequence, where: Tensor, sampling: Sampling, level: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers `(k,)` and ids `(B, k)` of the tokens that follow a sequence, after each pass."""
+        """Numbers `(k,)` and ids `(B, k)` of the tokens that follow a sequence, after each pass.
+
+        level: 0 for the video, from 1 on for sound.
+        """
         steps = decode(
             self.lm.transformer,
             head,
@@ -110,32 +113,31 @@ class VideoLM(VideoModel):
             where,
             sampling,
             self.packer.without_prompt(sequence),
-            seeded(list(range(seed, seed + len(sequence))), self.device),
-            tokens.begin(len(where), self.device),
+            seeded([seed + level * LEVEL_SEEDS for seed in batch.seeds], self.device),
+            batch.account.begin(len(where), self.device),
         )
         for numbers, ids in steps:
-            tokens.add(ids)
+            batch.account.add(ids)
             yield numbers, ids
 
-    def _sound(self, given: Given, sequence: Sequence, sampling: Sampling, seed: int, tokens: Account) -> Tensor:
+    def _sound(self, batch: Batch, sequence: Sequence, sampling: Sampling) -> Tensor:
         """`(B, C, N)` that continues a sequence which asks for sound, level by level.
 
         Places of sound are no grid: where tokens are made in other groups than one by one, sound is not.
         """
-        sound, heard = self.packer.sound, self.packer.sound.known(given)
+        given, sound, heard = batch.given, self.packer.sound, self.packer.sound.known(batch.given)
         exact = isinstance(sampling.decoding, OneByOne | Jacobi)
         sampling = sampling if exact else replace(sampling, decoding=Jacobi())
         made = []
         for level, where in enumerate(sound.places(given, self.device)):
             ids = torch.zeros(len(given), len(where), dtype=torch.long, device=self.device)
-            draw = seed + (level + 1) * LEVEL_SEEDS
-            for numbers, newest in self._part(self.lm.head.sound[level], sequence, where, sampling, draw, tokens):
+            for numbers, newest in self._part(self.lm.head.sound[level], batch, sequence, where, sampling, level + 1):
                 ids[:, numbers] = newest
             sequence = sequence.followed_by(ids, where)
             made.append(ids)
         codes = sound.codes(torch.cat(made, 1))
         codes = codes if heard is None else torch.cat([heard, codes], 1)
-        return self.audio.decode(codes)[..., : sound.samples(given)]
+        return decode_within_memory(self.audio, codes)[..., : sound.samples(given)]
 
     def _how(self, sampling: Sampling | TokenDenoising | None) -> Sampling | TokenDenoising:
         """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing."""
@@ -147,33 +149,64 @@ class VideoLM(VideoModel):
             return replace(sampling, decoding=Jacobi())
         return sampling
 
-    def _at_once(
-        self,
-        given: Given,
-        task: str,
-        sampling: Sampling | TokenDenoising,
-        seed: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> Clip:
-        """Clips of models whose tokens are filled in from all sides, or are continuous."""
-        sequence = self.packer.pack(given, self.task(task).marker)
+    def _at_once(self, batch: Batch, sampling: Sampling | TokenDenoising) -> Tensor:
+        """Frames of models whose tokens are filled in from all sides, or are continuous.
+
+        Of the former whole clips of tokens are kept: what is settled of one says too little of how to go on.
+        """
+        sequence, account, grid = batch.sequence, batch.account, self.packer.grid(batch.given)
         known = self.packer.known_in(sequence)
-        where = Tokens.positions(self.packer.grid(given), self.device)[known.shape[1] :]
-        made = (fill if self.packer.masked else partial(draw_latents, positions=where))(
+        where = Tokens.positions(grid, self.device)[known.shape[1] :]
+        options = {
+            "sampling": sampling,
+            "unconditional": self.packer.without_prompt(sequence),
+            "generator": seeded(batch.seeds, self.device),
+        }
+        made = account.begin(len(where), self.device)
+        if made is not None:
+            account.add(made)
+        if self.packer.masked:
+            if made is None:
+                made = fill(
+                    self.lm.transformer, self.lm.head, sequence, callback=lambda n, _: account.tell(n), **options
+                )
+                account.add(made)
+            codes = self.lm.head.vocabulary.from_visual(torch.cat([known, made], 1).unflatten(1, grid))
+            return decode_within_memory(self.tokenizer, codes)
+        made = draw_latents(
             self.lm.transformer,
             self.lm.head,
             sequence,
-            sampling=sampling,
-            unconditional=self.packer.without_prompt(sequence),
-            generator=seeded(list(range(seed, seed + len(given))), self.device),
-            callback=None if progress is None else lambda count, _: progress(count, len(where)),
+            where,
+            callback=lambda _, newest: account.add(newest[:, None]),
+            made=made,
+            **options,
         )
-        tokens = torch.cat([known, made], 1).unflatten(1, self.packer.grid(given))
-        if self.packer.space is None:
-            video = self.tokenizer.decode(self.lm.head.vocabulary.from_visual(tokens))
-        else:
-            video = self.packer.space.decode(tokens.movedim(-1, 1))
-        return Clip(video, given.fps, given.captions)
+        return self.packer.space.decode(torch.cat([known, made], 1).unflatten(1, grid).movedim(-1, 1))
+
+    def _batches(
+        self,
+        given: Given,
+        task: str,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+        made: list[Tensor] | None,
+    ) -> list[Batch]:
+        """The samples in batches of which none depends on its neighbours."""
+        rows = self.packer.alike(given)
+        parts = [given] if len(rows) == 1 else [given[some] for some in rows]
+        sequences = [self.packer.pack(part, self.task(task).marker) for part in parts]
+        total = 0
+        for part, sequence in zip(parts, sequences, strict=True):
+            if "video" in given.asks:
+                total += len(part) * (prod(self.packer.grid(part)) - self.packer.known_in(sequence).shape[1])
+            if "audio" in given.asks:
+                total += len(part) * self.packer.sound.places(part)[..., 0].numel()
+        account = Account(made, len(given), total, progress)
+        return [
+            Batch(part, sequence, some, [seed + row for row in some], account.of(some))
+            for part, sequence, some in zip(parts, sequences, rows, strict=True)
+        ]
 
     @torch.inference_mode()
     def generate(
@@ -187,42 +220,38 @@ class VideoLM(VideoModel):
     ) -> Clip:
         """Clips for what is given: a prompt, several, or a `Given` with known pixels, a condition or a sound.
 
-        seed: sample i draws with seed + i, so it does not depend on its neighbours as long as no prompt of the batch
-            takes more text slots (a multiple of 8 word pieces) than its own. progress: called with tokens
-            made and tokens asked after each pass. made: a list that is filled with the ids `(B, k)` of each pass; one
-            that was filled by a call that was interrupted is gone on from.
+        Prompts that take other text slots (each 8 word pieces) are worked on one batch after the other.
+
+        seed: sample i draws with seed + i, so it does not depend on its neighbours. progress: called with tokens made
+            and tokens asked of a clip after each pass. made: a list that is filled with the tokens of each pass
+            (`Account`); one that was filled by a call that was interrupted is gone on from.
         """
         given, sampling = self._given(given, task), self._how(sampling)
-        if self.packer.masked or self.packer.space is not None:
-            return self._at_once(given, task, sampling, seed, progress)
-        sequence, tokens = self._begin(given, task, progress, made)
-        video, audio, rate = given.video, given.audio, given.audio_rate
-        if "video" in given.asks:
-            codes, _ = deque(self._decode(given, sequence, sampling, seed, tokens), maxlen=1).pop()
-            video = self.tokenizer.decode(codes)
+        batches = self._batches(given, task, seed, progress, made)
+        clips = [self._clip(batch, sampling) for batch in batches]
+        rows = [batch.rows for batch in batches]
+        video = in_order([clip[0] for clip in clips], rows) if "video" in given.asks else given.video
+        audio, rate = given.audio, given.audio_rate
         if "audio" in given.asks:
-            if "video" in given.asks:
-                known = self.packer.known_in(sequence).shape[1]
-                ids = self.lm.head.vocabulary.to_visual(codes.flatten(1))[:, known:]
-                sequence = self.packer.asking_for_sound(sequence, ids, given)
-            audio, rate = self._sound(given, sequence, sampling, seed, tokens), self.audio.rate
+            audio, rate = in_order([clip[1] for clip in clips], rows), self.audio.rate
         return Clip(video, given.fps, given.captions, audio, None if audio is None else rate)
 
-    def _begin(
-        self,
-        given: Given,
-        task: str,
-        progress: Callable[[int, int], None] | None,
-        made: list[Tensor] | None,
-    ) -> tuple[Sequence, Account]:
-        """What is given as a sequence, and the account of the tokens that are to follow."""
-        sequence = self.packer.pack(given, self.task(task).marker)
-        count = 0
-        if "video" in given.asks:
-            count += prod(self.packer.grid(given)) - self.packer.known_in(sequence).shape[1]
-        if "audio" in given.asks:
-            count += self.packer.sound.places(given)[..., 0].numel()
-        return sequence, Account(made, count, progress)
+    def _clip(self, batch: Batch, sampling: Sampling | TokenDenoising) -> tuple[Tensor | None, Tensor | None]:
+        """Frames and sound of a batch, where they are asked for."""
+        if self.packer.masked or self.packer.space is not None:
+            return self._at_once(batch, sampling), None
+        video, sequence, asks = None, batch.sequence, batch.given.asks
+        if "video" in asks:
+            codes, _ = deque(self._decode(batch, sampling), maxlen=1).pop()
+        if "audio" in asks:
+            if "video" in asks:
+                known = self.packer.known_in(sequence).shape[1]
+                ids = self.lm.head.vocabulary.to_visual(codes.flatten(1))[:, known:]
+                sequence = self.packer.asking_for_sound(sequence, ids, batch.given)
+            audio = self._sound(batch, sequence, sampling)
+        if "video" in asks:
+            video = decode_within_memory(self.tokenizer, codes)
+        return video, audio if "audio" in asks else None
 
     @torch.inference_mode()
     def stream(
@@ -239,18 +268,21 @@ class VideoLM(VideoModel):
         Together they are what `generate` gives, in float32 to the last bit.
         """
         given, sampling = self._given(given, task), self._how(sampling)
-        if self.packer.masked or self.packer.space is not None:
-            yield self._at_once(given, task, sampling, seed, progress).video
-            return
         if "video" not in given.asks:
             raise ValueError(f"task={task} makes sound alone, and only frames are streamed; call generate")
-        given = given.replace(asks=("video",))
-        past, sent = {}, 0
-        sequence, tokens = self._begin(given, task, progress, made)
-        for codes, there in self._decode(given, sequence, sampling, seed, tokens):
+        batches = self._batches(given.replace(asks=("video",)), task, seed, progress, made)
+        yield from in_step([self._frames(batch, sampling) for batch in batches], [batch.rows for batch in batches])
+
+    def _frames(self, batch: Batch, sampling: Sampling | TokenDenoising) -> Iterator[Tensor]:
+        """The frames of a batch as soon as their tokens exist."""
+        if self.packer.masked or self.packer.space is not None:
+            yield self._at_once(batch, sampling)
+            return
+        tokenizer, past, sent = Tiled(self.tokenizer), {}, 0  # one tile, or smaller ones where memory runs out
+        for codes, there in self._decode(batch, sampling):
             ready = int(there.unflatten(0, codes.shape[1:]).flatten(1).all(1).long().cumprod(0).sum())
             if ready > sent:
-                yield self.tokenizer.decode(codes[:, sent:ready], past)
+                yield tokenizer.decode(codes[:, sent:ready], past)
                 sent = ready
 
 
@@ -268,6 +300,10 @@ def find(name: str | Path) -> Path:
 def load(name: str | Path) -> VideoModel:
     """A model from the box by its name ("zoetrope"), or from a folder, which tells its kind by the part in it."""
     folder = find(name)
+    if not (folder / "config.json").is_file() and (folder / "tokenizer").is_dir():
+        raise ValueError(
+            f"model={name} is a tokenizer alone, which makes no clips; give a model with lm/ or diffusion/"
+        )
     kind = VideoDiffusion if (folder / VideoDiffusion.part).is_dir() else VideoLM
     return kind.from_pretrained(folder)
 

@@ -197,10 +197,12 @@ def draw_latents(
     unconditional: Sequence | None = None,
     generator: Generators = None,
     callback: Callable[[int, Tensor], None] | None = None,
+    made: Tensor | None = None,
 ) -> Tensor:
     """Continues a sequence by continuous tokens, one by one: latents `(B, steps, D)`.
 
-    The arguments are those of `sampling.generate`; the callback gets the newest latents `(B, D)`.
+    The arguments are those of `decoding.generate`; the callback gets the newest latents `(B, D)`. made: latents
+    `(B, n, D)` of a run that was interrupted, which comes to the same end.
     """
     batch, steps = len(sequence), positions.shape[-2]
     copies = 1 if sampling.guidance == 1 else 2
@@ -210,22 +212,38 @@ def draw_latents(
             raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
         current = Sequence.cat([current, unconditional.replace(loss=None)])
     positions = positions.expand(batch, steps, 3).repeat(copies, 1, 1)
-    current = current.replace(next_positions=torch.cat([current.positions[:, 1:], positions[:, :1]], 1))
+    before = 0 if made is None else made.shape[1]
+    done = [] if made is None else list(made.unbind(1))
+    if before == steps:
+        return made
+    asked = torch.cat([current.positions[:, 1:], positions[:, : before + 1]], 1)
+    if before:
+        known = made.repeat(copies, 1, 1)
+        ids = torch.full(known.shape[:2], int(Special.latent), device=positions.device)
+        none = known.new_zeros(*current.ids.shape, head.channels)
+        current = current.replace(
+            ids=torch.cat([current.ids, ids], 1),
+            positions=torch.cat([current.positions, positions[:, :before]], 1),
+            latents=torch.cat([none if current.latents is None else current.latents, known], 1),
+            interior=None,
+        )
+    current = current.replace(next_positions=asked)
     cache = transformer.new_cache(batch * copies, sequence.length + steps)
-    made: list[Tensor] = []
 
     def noise() -> Tensor:
         return normal((batch, head.channels), generator, positions.device)
 
     with torch.inference_mode():
-        for step in range(steps):
+        for _ in range(before * sampling.steps):  # the noise of those that are there
+            noise()
+        for step in range(before, steps):
             hidden = transformer(head.vectors(current), current, cache)
-            made.append(head.sample(hidden[:, -1], sampling, noise))
+            done.append(head.sample(hidden[:, -1], sampling, noise))
             if callback is not None:
-                callback(step + 1, made[-1])
+                callback(step + 1, done[-1])
             here, following = positions[:, step : step + 1], positions[:, step + 1 : step + 2]
             if step + 1 < steps:
-                latents = made[-1].repeat(copies, 1)[:, None]
+                latents = done[-1].repeat(copies, 1)[:, None]
                 ids = torch.full((batch * copies, 1), int(Special.latent), device=positions.device)
                 current = Sequence(ids, here, prefix=0, next_positions=following, latents=latents)
-    return torch.stack(made, 1)
+    return torch.stack(done, 1)

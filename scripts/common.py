@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from reelm.engine.errors import MISTAKES, first_line, one_line_errors
 
 CONFIGS = "reelm.conf"
+TEXT = "text"  # where free text stands whose name is that of a group too
 ALSO_WORDS = ("trainer.devices", "trainer.num_nodes")  # numbers that may be "auto"
 
 
@@ -40,6 +42,9 @@ def program(config: str, words: Sequence[str] = ()) -> Callable[[Callable[[DictC
         @functools.wraps(task)
         @one_line_errors
         def run(cfg: DictConfig) -> Any:
+            for word in words:
+                if isinstance(cfg[word], DictConfig):
+                    cfg[word] = cfg[word][TEXT]
             try:
                 return task(cfg)
             except (HydraException, OmegaConfBaseException) as error:
@@ -69,11 +74,15 @@ def output_of(cfg: DictConfig) -> Path:
 def quoted(argument: str, words: Sequence[str]) -> str:
     """An argument whose free text cannot be mistaken for Hydra's grammar."""
     key, equals, value = argument.partition("=")
-    if not equals or key not in words or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    if not equals or key not in words:
         return argument
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", r"\${")
-    return f"{key}='{escaped}'"
+    if not (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
+        escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", r"\${")
+        value = f"'{escaped}'"
+    if value != "null" and (resources.files(CONFIGS) / key).is_dir():  # or Hydra looks for a file of this group
+        value = f"{{{TEXT}:{value}}}"
+    return f"{key}={value}"
 
 
 def check(config: str, arguments: Sequence[str]) -> None:

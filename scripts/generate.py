@@ -13,11 +13,9 @@ def main(cfg: DictConfig) -> None:
     inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start, cfg.audio)
     task = cfg.task.get("name", "mixture") if cfg.get("task") else None
     settings = OmegaConf.to_container(cfg, resolve=True)
-    size = settings["size"]
-    size = (size, size) if isinstance(size, int) else size and tuple(size)
     job = Job(
         cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known,
-        cfg.dtype, cfg.tokens, size, cfg.fps, settings["chain"] or (),
+        cfg.dtype, cfg.tokens, settings["size"], cfg.fps, settings["chain"] or (),
     )  # fmt: skip
     sampling = instantiate(cfg.sampler, _convert_="all")
     if isinstance(sampling, dict):  # changes of the model's own way

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,14 @@ class Format:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", tuple(self.size))
-        if self.frames < 1 or len(self.size) != 2 or min(self.size) < 1 or self.fps <= 0 or self.weight <= 0:
-            raise ValueError(f"a format has frames, size=[height,width], fps and a weight above 0; got {self}")
+        size = tuple(self.size) if isinstance(self.size, Sequence) else (self.size,)
+        object.__setattr__(self, "size", size)
+        values = (self.frames, *size, self.fps, self.weight)
+        if len(size) != 2 or not all(isinstance(value, (int, float)) and value > 0 for value in values):
+            raise ValueError(
+                f"a format has frames, size=[height,width], fps and a weight above 0; got frames={self.frames}, "
+                f"size={list(size)}, fps={self.fps}, weight={self.weight}"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,6 +51,8 @@ class Formats:
     parts: tuple[Format, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, Sequence) or isinstance(self.parts, str):
+            raise ValueError(f"formats are a list such as [{{frames:17,size:[64,64],fps:8}}]; got {self.parts}")
         parts = tuple(_format(part) for part in self.parts)
         if not parts or len({(part.shape, part.fps) for part in parts}) < len(parts):
             raise ValueError(f"formats differ from each other, and there is one at least; got {list(map(str, parts))}")
@@ -86,6 +93,8 @@ def _format(part: Format | Mapping[str, Any]) -> Format:
     """A format from a configuration's mapping."""
     if isinstance(part, Format):
         return part
+    if not isinstance(part, Mapping):
+        raise ValueError(f"a format is such as {{frames:17,size:[64,64],fps:8}}; got {part}")
     unknown = set(part) - set(Format.__dataclass_fields__)
     if unknown:
         raise ValueError(f"a format has frames, size, fps and weight, not {min(unknown)}")

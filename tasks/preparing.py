@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from reelm.tasks.task import Given
@@ -29,6 +30,20 @@ class Preparing:
         """Text slots of a batch: enough for the longest of its prompts."""
         longest = max((len(row) for row in self.text.encode([c for c in captions if c])), default=0)
         return min(max(-(-longest // MULTIPLE), 1) * MULTIPLE, LONGEST)
+
+    def alike(self, given: Given) -> list[list[int]]:
+        """Numbers of the samples, together where each of them alone would become a sequence of the same length.
+
+        What a sample becomes then does not depend on its neighbours: <pad> in the text of one is seen by it.
+        """
+        frames = [None] * len(given)
+        if given.known is not None:
+            pixels = given.known[:, 0].flatten(2)
+            frames = torch.stack([pixels.all(-1), pixels.any(-1)], 1).expand(len(given), -1, -1).tolist()
+        groups: dict[tuple[int, str], list[int]] = {}
+        for row, caption in enumerate(given.captions):
+            groups.setdefault((self.text_length(caption), str(frames[row])), []).append(row)
+        return list(groups.values())
 
     def grid(self, given: Given) -> tuple[int, int, int]:
         """Token grid of what is to be made."""

@@ -39,6 +39,12 @@ class Given:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def __getitem__(self, rows: list[int]) -> Given:
+        """What is given for the samples of these numbers."""
+        changes = {f.name: getattr(self, f.name) for f in fields(self)}
+        changes = {n: v if len(v) == 1 else v[rows] for n, v in changes.items() if isinstance(v, Tensor)}
+        return self.replace(captions=tuple(self.captions[row] for row in rows), **changes)
+
     def replace(self, **changes) -> Given:
         return replace(self, **changes)
 

@@ -14,7 +14,7 @@ from reelm.engine.benchmark import Settings
 from reelm.engine.optimisation import Optimisation
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.vocabulary import Vocabulary
-from reelm.scripts.common import check, quoted
+from reelm.scripts.common import TEXT, check, quoted
 from reelm.tasks.task import tasks_of
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -212,6 +212,12 @@ def test_an_experiment_s_settings_stand_before_the_usual_ones():
 def test_prompts_may_hold_any_sign(text):
     cfg = composed(quoted(f"prompt={text}", ["prompt"]), name="generate")
     assert cfg.prompt == text
+
+
+@pytest.mark.parametrize("argument", ["audio=a clip, (1).mp4", "audio='a clip, (1).mp4'"])
+def test_a_path_may_be_given_by_the_name_of_a_group(argument):
+    check("generate", [quoted(argument, ["audio"])])
+    assert composed(quoted(argument, ["audio"]), name="generate").audio == {TEXT: "a clip, (1).mp4"}
 
 
 @pytest.mark.parametrize("kind", ["folder", "manifest", "tars"])

@@ -35,8 +35,16 @@ def test_formats_are_checked():
         Formats((Format(), Format(weight=2)))
     with pytest.raises(ValueError, match="differ from each other"):
         Formats(())
-    with pytest.raises(ValueError, match="weight above 0; got 17 frames of 64 x 64 at 0 fps"):
+    with pytest.raises(ValueError, match=r"weight above 0; got frames=17, size=\[64, 64\], fps=0, weight=1"):
         Format(fps=0)
+    for wrong in ({"size": 64}, {"size": [64]}, {"frames": "two"}, {"size": "big"}):
+        with pytest.raises(ValueError, match="a format has frames, size"):
+            Format(**wrong)
+    for wrong in (3, "17", {"frames": 9}):
+        with pytest.raises(ValueError, match="formats are a list such as"):
+            Formats(wrong)
+    with pytest.raises(ValueError, match="a format is such as .*; got 9"):
+        Formats([9])
 
 
 def test_without_formats_each_task_has_one_group():

@@ -11,9 +11,12 @@ from PIL import Image
 from reelm.data.clip import Clip
 from reelm.data.reading import probe, read_video
 from reelm.data.writing import write_image, write_video
+from reelm.engine import job as job_file
 from reelm.engine.chain import chain_of, make_chain
+from reelm.engine.errors import one_line_errors
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs
+from reelm.engine.interruption import keep_tokens, read_tokens
 from reelm.engine.job import Job, run_job
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.decoding import OneByOne, Run
@@ -166,6 +169,13 @@ def test_a_chain_gives_each_task_what_the_one_before_made(model, material):
         (["i2v", "outpainting"], Inputs("x"), "task=i2v needs image=..."),
         (["t2v", {"task": "outpainting", "kep": 1}], Inputs("x"), "got one with kep"),
         ([{"prompt": "x"}], Inputs("x"), "got one with no task"),
+        ("t2v", Inputs("x"), "chain=t2v is no list; write it as one"),
+        ({"task": "t2v"}, Inputs("x"), "is no list; write it as one"),
+        (["t2v", 3], Inputs("x"), "got 3"),
+        (["t2v", ["i2v"]], Inputs("x"), "got .'i2v'."),
+        (["t2v", "dance"], Inputs("x"), "chain has the task dance, which there is not; tasks are t2v"),
+        (["t2v", {"task": "stylization", "prompt": 3}], Inputs("x"), "prompt=3 of stylization in chain is not a text"),
+        (["t2v", {"task": "outpainting", "keep": "wide"}], Inputs("x"), "keep=wide of outpainting in chain is not a n"),
     ],
 )
 def test_chains_that_cannot_be_are_told_before_any_work(links, inputs, message):
@@ -273,6 +283,110 @@ def test_an_interrupted_job_keeps_its_tokens_and_goes_on_exactly(box, tmp_path, 
         run_job(replace(job, tokens=str(tmp_path / "nowhere")), sampling, {})
 
 
+def test_an_interrupted_chain_goes_on_in_its_link(box, tmp_path, monkeypatch):
+    chain = ["t2i", "i2v", {"task": "stylization", "prompt": "a blue circle"}]
+    job = Job(str(box), None, Inputs("a red star"), str(tmp_path / "a.mp4"), samples=2, dtype="float32", chain=chain)
+    run_job(job, FAST, {})
+    passes, calls = json.loads((tmp_path / "a.json").read_text())["passes"], []
+
+    def choose(run, *arguments, real=Run.choose):
+        calls.append(1)
+        if len(calls) == passes - 2:  # in the last link
+            raise KeyboardInterrupt
+        return real(run, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "choose", choose)
+        run_job(replace(job, output=str(tmp_path / "b.mp4")), FAST, {})
+    kept = tmp_path / "b.tokens.safetensors"
+    run_job(replace(job, output=str(tmp_path / "b.mp4"), tokens=str(kept), dtype="auto"), FAST, {})
+    for i in range(2):
+        assert (tmp_path / f"a_{i}.mp4").read_bytes() == (tmp_path / f"b_{i}.mp4").read_bytes()
+    assert json.loads((tmp_path / "b.json").read_text())["passes"] < passes
+    with pytest.raises(ValueError, match="were made with task t2i,i2v,stylization, not t2i,i2v; give the same"):
+        run_job(replace(job, tokens=str(kept), chain=chain[:2]), FAST, {})
+
+
+def test_windows_without_tokens_keep_their_number(tmp_path):
+    made, path = [[], [torch.ones(1, 3, dtype=torch.long)], []], tmp_path / "a.safetensors"
+    keep_tokens(path, made, {}, "float32")
+    dtype, again = read_tokens(path, {})
+    assert dtype == "float32" and again[0] == [] and torch.equal(again[1][0], made[1][0]) and len(again) == 2
+
+
+def test_before_the_first_token_nothing_is_kept(tmp_path, capsys):
+    keep_tokens(tmp_path / "a.safetensors", [], {}, "float32")
+    assert capsys.readouterr().err == "no tokens to be kept are made yet; the same command begins anew\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["decoding", "tokens", "writing"])
+def test_tokens_outlive_memory_and_disk(box, tmp_path, capsys, monkeypatch, fault):
+    job = Job(str(box), None, Inputs("a red star"), str(tmp_path / "a.mp4"), dtype="float32")
+    run_job(job, FAST, {})
+    whole, calls = (tmp_path / "a.mp4").read_bytes(), []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if fault == "tokens" and len(calls) < 20:
+            return choose(*arguments, **options)
+        raise (
+            OSError(28, "No space left on device", "b.mp4")
+            if fault == "writing"
+            else RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        )
+
+    choose = Run.choose
+    place = {"decoding": (MAGVIT2, "decode_latents"), "tokens": (Run, "choose"), "writing": (job_file, "write_video")}
+    sampling = replace(FAST, decoding=OneByOne())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(*place[fault], full)
+        patch.setattr("sys.argv", ["scripts/generate.py", "prompt=x"])
+        one_line_errors(run_job)(replace(job, output=str(tmp_path / "b.mp4")), sampling, {})
+    kept, said = tmp_path / "b.tokens.safetensors", capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said[-1].startswith("error: ") and len(said) == 3
+    assert said[-2] == f"python scripts/generate.py prompt=x tokens={kept}" and not (tmp_path / "b.mp4").exists()
+    run_job(replace(job, output=str(tmp_path / "b.mp4"), tokens=str(kept)), sampling, {})
+    assert (tmp_path / "b.mp4").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, "frames=0; give a whole number from 1"),
+        ({"frames": "two"}, "frames=two; give a whole number"),
+        ({"frames": 17, "seconds": 2}, "frames=17 and seconds=2 both say how long"),
+        ({"seconds": -1}, "seconds=-1; give a number above 0"),
+        ({"seconds": float("inf")}, "seconds=inf; give"),
+        ({"samples": 1.5}, "samples=1.5; give a whole number"),
+        ({"samples": 0}, "samples=0; give"),
+        ({"seed": 10**30}, "give a whole number from 0 to 281474976710655"),
+        ({"fps": 0}, "fps=0; give a number above 0"),
+        ({"fps": "fast"}, "fps=fast; give"),
+        ({"size": 0}, "size=0; give .height,width. in pixels"),
+        ({"size": [64]}, "size=.64.; give"),
+        ({"size": "big"}, "size=big; give"),
+    ],
+)
+def test_impossible_numbers_are_told_before_any_work(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Job("nowhere", None, Inputs("x"), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"frames": 4 * 10**9 + 1}, {"seconds": 1e9}, {"samples": 10**9}])
+def test_what_no_memory_holds_is_told_before_any_work(box, tmp_path, options):
+    job = Job(str(box), None, Inputs("a star"), str(tmp_path / "a.mp4"), **options)
+    with pytest.raises(ValueError, match="GB of memory, and this machine has .*; ask for fewer"):
+        run_job(job, FAST, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_prompts_are_noted_once(box, tmp_path, capsys):
+    run_job(Job(str(box), "t2i", Inputs("a red star " * 40), str(tmp_path / "a.png")), FAST, {})
+    assert capsys.readouterr().err == "note: only the first 64 word pieces of a prompt are read; shorten it\n"
+
+
 def test_the_same_seed_gives_the_same_clip(model):
     first, second, other = (make(model, "t2v", Inputs("a star"), seed=seed).video for seed in (3, 3, 4))
     assert torch.equal(first, second) and not torch.equal(first, other)
@@ -282,6 +396,10 @@ def test_the_same_seed_gives_the_same_clip(model):
     ("task", "inputs", "options", "message"),
     [
         ("t2v", Inputs(""), {}, "needs prompt"),
+        ("t2v", Inputs("  "), {}, "needs prompt"),
+        ("t2v", Inputs("x"), {"frames": 0}, "frames=0; give 1 or more"),
+        ("outpainting", Inputs(video="CLIP", start=-1.0), {}, "start=-1.0 is the second"),
+        ("outpainting", Inputs(video="CLIP", start=99.0), {}, "ends before start=99 s"),
         ("i2v", Inputs("x"), {}, "needs image"),
         ("i2v", Inputs(image="nowhere.png"), {}, "nowhere.png"),
         ("inpainting", Inputs(video="CLIP", mask="SMALL"), {}, "as large as the video"),

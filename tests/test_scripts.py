@@ -389,6 +389,11 @@ def error_line(capfd) -> str:
         (["stage=diffusion", "denoiser=tiny", "denoiser.layers=xy"], "layers are a letter for each block"),
         (["stage=diffusion", "denoiser=tiny", "stage.tokenizer=nowhere"], "no model at nowhere"),
         (["stage=diffusion", "denoiser=tiny", "objective.drawn=often"], "times are drawn logit_normal or uniform"),
+        (["stage=lm", "stage.text={_target_:reelm.tokenizers.text.T5Text,path:nowhere}"], "no config.json in nowhere"),
+        (["stage=lm", "stage.formats=3"], "formats are a list such as [{frames:17,size:[64,64],fps:8}]; got 3"),
+        (["stage=lm", "stage.formats=[9]"], "a format is such as {frames:17,size:[64,64],fps:8}; got 9"),
+        (["stage=tokenizer", "data.batch_size=2.5"], "batch_size=2.5 must be 1 or more, and a whole number"),
+        (["stage=tokenizer", "ema=2"], "ema=2 is no share of the average that stays"),
         (["stage=tokenizer", "tokenizer.channels=[16]"], "1 channels ask for 0 strides"),
         (["stage=tokenizer", "+tokenizer.colour=3"], "stage.tokenizer: "),
         (["stage=tokenizer", "stage.optimisation.schedule=linear"], "schedule is cosine, wsd or constant"),
@@ -401,6 +406,35 @@ def test_mistakes_inside_are_one_line_too(arguments, message, capfd, tmp_path):
     assert program("train", *TINY, *arguments, f"output={tmp_path}/new") == 2
     assert error_line(capfd).startswith(f"error: {message}")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "prompt="], "task=t2v needs prompt=..."),
+        (["generate", "task=a2v"], "task=a2v needs audio=..."),
+        (["generate", "task=t2v", "prompt=x", "audio=a clip.mp4"], "task=t2v has no use for audio=a clip.mp4; leave"),
+        (["generate", "prompt=x", "frames=two"], "frames=two; give a whole number from 1"),
+        (["generate", "prompt=x", "size=[64]"], "size=[64]; give [height,width] in pixels, or one side of a square"),
+        (["generate", "prompt=x", "fps=fast"], "fps=fast; give a number above 0"),
+        (["generate", "prompt=x", "chain=t2v"], "chain=t2v is no list; write it as one, such as chain=[t2i,i2v]"),
+        (["generate", "prompt=x", "chain=[t2v,dance]"], "chain has the task dance, which there is not; tasks are t2v"),
+        (["generate", "prompt=x", "sampler.guidance_schedule=odd"], "guidance_schedule is one of constant, linear, co"),
+        (["generate", "prompt=x", "frames=4000000001"], "frames=4000000001 with samples=1 take "),
+        (["generate", "prompt=x", "model=natural"], "model=natural is a tokenizer alone, which makes no clips"),
+        (["generate", "prompt=x", "sampler.steps=5"], "this model has no sampler.steps; it has temperature"),
+        (["evaluate", "tasks=t2v"], "tasks=t2v is no list; write tasks=[t2v]"),
+        (["evaluate", "splits=[odd]"], "unknown split 'odd': choose one of train, validation, compositional"),
+        (["evaluate", "clips=2.5"], "clips=2.5; give a whole number from 1 on"),
+        (["evaluate", "tasks=[dance]"], "this model has no task 'dance'; it was trained for t2v"),
+    ],
+)
+def test_mistakes_of_users_are_one_line(arguments, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *settings = arguments
+    assert program(name, *settings, f"output={tmp_path}/a.{'mp4' if name == 'generate' else 'json'}") == 2
+    assert error_line(capfd).startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_but_one_line_and_status_two():

@@ -426,6 +426,34 @@ def test_sound_goes_through_a_chain(model):
         make(model, "a2v", Inputs(audio=first))
 
 
+def test_sound_of_another_rate_is_resampled_unless_it_is_a_tensor(model, tmp_path):
+    clock = torch.arange(3 * 44_100) / 44_100
+    tone = torch.stack([torch.sin(2 * np.pi * 440 * clock)] * 2)[None] * 0.3
+    clip = Clip(torch.zeros(1, 3, 24, 16, 16), 8.0, audio=tone, audio_rate=44_100)
+    write_video(tmp_path / "a.mp4", clip)
+    for source in (clip, str(tmp_path / "a.mp4")):
+        heard = make(model, "a2v", Inputs(audio=source, start=0.5))
+        assert heard.audio_rate == RATE and heard.audio.shape == (1, 2, 18_000)
+        power = torch.fft.rfft(heard.audio[0, 0]).abs()
+        assert abs(int(power.argmax()) * RATE / 18_000 - 440) < 1
+    given = Given(SHAPE, ("",), audio=tone, audio_rate=44_100)
+    with pytest.raises(ValueError, match="the sound has 44100 samples a second; this model hears 16000: resample it"):
+        model.generate(given, "a2v")
+
+
+def test_sound_is_made_in_pieces_where_memory_runs_out(model, clip, monkeypatch):
+    given, real = split("t2av", clip), model.audio.decode_latents
+    whole = model.generate(given, "t2av", seed=1)
+
+    def decode_latents(latents, past=None):
+        if latents.shape[2] > 5:
+            raise torch.OutOfMemoryError
+        return real(latents, past)
+
+    monkeypatch.setattr(model.audio, "decode_latents", decode_latents)
+    torch.testing.assert_close(model.generate(given, "t2av", seed=1).audio, whole.audio, rtol=0, atol=1e-6)
+
+
 def test_sound_is_written_with_the_clip(box, tmp_path):
     paths = run_job(Job(str(box), "t2av", Inputs("a red star"), str(tmp_path / "a.mp4")), FAST, {})
     assert probe(paths[0]).has_audio and read_video(paths[0], frames=9, audio=True).audio.shape[-1] == 18_000
@@ -484,6 +512,9 @@ def test_mistakes_with_sound_are_one_line(model, film, tmp_path):
     for made, task, inputs, message in (
         (model, "a2v", Inputs(), "task=a2v needs audio="),
         (model, "a2v", Inputs(audio=str(silent_file)), "holds no sound that can be decoded"),
+        (model, "av_continuation", Inputs(video=str(silent_file)), "holds no sound that can be decoded"),
+        (model, "av_continuation", Inputs(audio=film), "task=av_continuation needs video="),
+        (model, "a2v", Inputs(audio=film, start=-1), "start=-1 is the second"),
         (model, "t2v", Inputs("x", audio=film), "task=t2v has no use for audio="),
         (quiet, "a2v", Inputs(audio=film), "needs a model that was trained with an audio tokenizer"),
         (quiet, "v2a", Inputs(video=film), "neither hears nor makes sound"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reelm.tokenizers.tokenizer import VideoTokenizer
+from reelm.tokenizers.within_memory import decode_within_memory
 
 
 class LatentSpace:
@@ -59,4 +60,4 @@ class LatentSpace:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels in [-1, 1]."""
-        return self.tokenizer.decode(self.tokens(latents))
+        return decode_within_memory(self.tokenizer, self.tokens(latents))

@@ -19,6 +19,14 @@ PROBE = 8  # latents a side
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out: a GPU's, or the machine's, for which torch has no class."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "allocate memory" in said)
+
+
 def bytes_of(memory: int | str) -> int:
     """An amount of memory such as 2_000_000_000, "500MB" or "2 GiB" in bytes; ValueError for what is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(memory).upper())

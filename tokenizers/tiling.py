@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reelm.tokenizers.memory import bytes_of, bytes_per_pixel
+from reelm.tokenizers.memory import bytes_of, bytes_per_pixel, out_of_memory
 from reelm.tokenizers.streaming import recut
 from reelm.tokenizers.tokenizer import Triple, VideoTokenizer
 
@@ -84,7 +84,7 @@ class Tiled(VideoTokenizer):
     them they are nearly so, and pixels too. A frame that needs one tile only is as without tiles, to the last bit.
 
     A whole clip is worked on tile after tile, each through time, so that only one tile's past is held. A stream needs
-    the past of all its tiles. Where a GPU's memory runs out nonetheless, tiles become smaller.
+    the past of all its tiles. Where memory runs out nonetheless, tiles become smaller.
 
     Args:
         tokenizer: that does the work.
@@ -190,8 +190,8 @@ class Tiled(VideoTokenizer):
                         del made
                 self.used = len(list(tiles))
                 return
-            except torch.OutOfMemoryError:
-                if begun or tiles.size == (1, 1):
+            except Exception as error:
+                if not out_of_memory(error) or begun or tiles.size == (1, 1):
                     raise
             if past is not None:
                 past.clear()
