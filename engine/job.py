@@ -46,6 +46,7 @@ class Job:
     seed: int = 0
     keep_known: bool = True
     dtype: str = "auto"
+    compile: bool = False
     tokens: str | None = None
     size: tuple[int, int] | int | None = None
     fps: float | None = None
@@ -158,7 +159,7 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         model.noun.removeprefix("video ").replace(" ", "_"): fingerprint(model.trained),
     }
     dtype, made = read_tokens(Path(job.tokens), settings) if job.tokens else (job.dtype, [])
-    dtype = model.lighten(dtype)
+    dtype = model.lighten(dtype, job.compile)
     passes = 0
 
     def progress(count: int, total: int) -> None:

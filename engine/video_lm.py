@@ -17,6 +17,7 @@ from reelm.engine.batches import Batch, in_order, in_step
 from reelm.engine.interruption import Account
 from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_model import VideoModel
+from reelm.lm.compiled import Passes
 from reelm.lm.decoding import OneByOne, decode
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
@@ -71,8 +72,12 @@ class VideoLM(VideoModel):
         masked, continuous = (isinstance(lm.head, kind) for kind in (Masked, TokenDiffusion))
         self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
 
-    def lighten(self, dtype: str) -> str:
-        return lighten(self.lm, dtype)
+    def lighten(self, dtype: str, compiled: bool = False) -> str:
+        if compiled and (self.packer.masked or self.packer.space is not None):
+            raise ValueError("compile=true is for models that make codes in an order; leave it out")
+        dtype = lighten(self.lm, dtype, compiled)
+        self.lm.transformer.passes = Passes(self.lm.transformer) if compiled else None
+        return dtype
 
     def loss(self, clip: Clip, task: str, unprompted: Tensor | bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         given, target = self.task(task).split(clip)

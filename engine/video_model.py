@@ -93,9 +93,14 @@ class VideoModel(nn.Module):
         """
         raise NotImplementedError
 
-    def lighten(self, dtype: str) -> str:
+    def lighten(self, dtype: str, compiled: bool = False) -> str:
         """Lets the trained part multiply in `dtype`: float32, bfloat16, int8, or auto for the fastest here, which is
-        returned. What it makes may differ by rounding; a model that is to be trained must not be lightened."""
+        returned. What it makes may differ by rounding; a model that is to be trained must not be lightened.
+
+        compiled: passes of decoding are compiled too, as CUDA graphs on GPUs.
+        """
+        if compiled:
+            raise ValueError(f"a {self.noun} has no passes to compile; leave compile=true out")
         if dtype not in ("auto", "float32"):
             raise ValueError(f"a {self.noun} multiplies in float32 alone; leave dtype={dtype} out")
         return "float32"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reelm.lm.compiled import Passes
 from reelm.lm.heads import Head
 from reelm.lm.sampling import Generators, Sampling, exponential, guide, race
 from reelm.lm.sequence import Sequence
@@ -52,7 +53,11 @@ class Run:
         self.given: Sequence | None = Sequence.cat(parts)
         self.positions = positions.expand(self.batch, self.steps, 3).repeat(self.copies, 1, 1)
         self.columns = sequence.length
+        self.compiled: Passes | None = getattr(transformer, "passes", None)  # of VideoLM.lighten
+        self.width = 0  # of the widest pass but the first
         room = self.columns + self.steps + SPARE
+        if self.compiled is not None:  # few different shapes
+            room = -(-room // SPARE) * SPARE
         self.cache = transformer.new_cache(self.batch * self.copies, room)
 
     def read(self, ids: Tensor, of: slice | Tensor, target: slice | Tensor) -> Tensor:
@@ -73,7 +78,13 @@ class Run:
                 next_positions=torch.cat([current.positions[:, 1:], there], 1),
             )
         self.passes += 1
-        hidden = self.transformer(self.head.embed(current.ids), current, self.cache)
+        x = self.head.embed(current.ids)
+        if self.passes > 1:
+            self.width = max(self.width, x.shape[1])
+        if self.compiled is not None and self.passes > 1 and self.compiled.fit(current, self.cache, self.width):
+            hidden = self.compiled(x, current, self.cache, self.width)
+        else:
+            hidden = self.transformer(x, current, self.cache)
         return hidden[:, -there.shape[1] :]
 
     def forget(self, columns: int) -> None:

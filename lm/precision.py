@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def _matrices(lm: LanguageModel) -> list[nn.Parameter]:
     return found
 
 
-def fastest(lm: LanguageModel, rounds: int = 5) -> str:
+def fastest(lm: LanguageModel, rounds: int = 5, formats: Sequence[str] = FORMATS) -> str:
     """The format in which this machine multiplies with this model's matrices fastest; a few milliseconds of trying.
 
     float32 unless another is at least `GAIN` times as fast, since only it changes nothing.
@@ -69,7 +69,7 @@ def fastest(lm: LanguageModel, rounds: int = 5) -> str:
     block = [module.weight for module in lm.transformer.blocks[0].modules() if isinstance(module, nn.Linear)]
     inputs = [[torch.randn(rows, weight.shape[1], device=weight.device) for weight in block] for rows in ROWS]
     arms: dict[str, list[Callable[[Tensor], Tensor]]] = {}
-    for name in FORMATS:
+    for name in formats:
         try:
             arms[name] = [PACKERS[name](w) if name in PACKERS else lambda x, w=w: F.linear(x, w) for w in block]
             _run(arms[name], inputs)
@@ -94,17 +94,21 @@ def _run(layers: list[Callable[[Tensor], Tensor]], inputs: list[list[Tensor]]) -
         torch.cuda.synchronize()
 
 
-def lighten(lm: LanguageModel, dtype: str) -> str:
+def lighten(lm: LanguageModel, dtype: str, compiled: bool = False) -> str:
     """Lets the model multiply in this format where it does not learn; returns the format.
 
     The weights themselves stay as they are; they must not change afterwards.
 
     Args:
         dtype: one of `FORMATS`, or "auto" for the fastest on this machine.
+        compiled: passes will be compiled (compiled.py), which a CPU's integer kernels are not fit for.
     """
+    integers = not compiled or next(lm.parameters()).is_cuda
+    if dtype == "int8" and not integers:
+        raise ValueError("dtype=int8 cannot be compiled on a CPU; leave compile=true out, or take dtype=float32")
     if dtype not in (*FORMATS, "auto"):
         raise ValueError(f"dtype is one of auto, {', '.join(FORMATS)}; got {dtype}")
-    dtype = fastest(lm) if dtype == "auto" else dtype
+    dtype = fastest(lm, formats=FORMATS if integers else FORMATS[:2]) if dtype == "auto" else dtype
     for weight in _matrices(lm):
         weight.light = PACKERS[dtype](weight) if dtype in PACKERS else None
     return dtype
