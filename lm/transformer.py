@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reelm.lm.attention import CHOICES, attention
 from reelm.lm.cache import Cache
@@ -199,6 +200,7 @@ class Transformer(nn.Module):
     """
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
+    checkpointing = False  # whether what is inside of the blocks is computed again in the backward pass, not kept
 
     def __init__(
         self,
@@ -281,9 +283,11 @@ class Transformer(nn.Module):
         turns = [self.rotary(_untimed(sequence.positions)), (cos, sin)] if self.dual else []
         for layer, block in enumerate(self.blocks):
             if self.dual:
-                x = block(x, turns, sequence.prefix, cache, layer, views)
+                arguments = (x, turns, sequence.prefix, cache, layer, views)
             else:
-                x = block(x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)])
+                arguments = (x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)])
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
