@@ -33,8 +33,8 @@ class DiffusionTraining(ModelTraining):
         text: a trained text model, or the number of word pieces of one to be trained on the captions.
         text_drop: share of prompts left out, for classifier-free guidance.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
-        checkpointing: keep of each block only what goes in and compute the rest again in the backward pass: less memory,
-            about a third more work.
+        checkpointing: keep of each block only what goes in and compute the rest again in the backward pass: less
+            memory, about a third more work.
         sampling: with which samples are drawn to be looked at, and which the saved model has by default.
         formats: lengths, sizes and rates to train on together, the usual one first; None: the data's own alone.
     """

@@ -18,6 +18,7 @@ from reelm.lm.cache import Cache
 from reelm.lm.layouts import Layout, View
 from reelm.lm.linear import Linear
 from reelm.lm.norm import RMSNorm, rms_norm
+from reelm.lm.packed import Packed, tables
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special
 
@@ -278,7 +279,10 @@ class Transformer(nn.Module):
         if self.rope == "3d":
             cos, sin = self.rotary(sequence.positions)
         else:
-            cos, sin = self.rotary(torch.arange(seen, seen + x.shape[1], device=x.device)[None, :, None])
+            columns = torch.arange(seen, seen + x.shape[1], device=x.device)
+            if sequence.segments is not None:
+                columns = tables(sequence.segments, x.device).place
+            cos, sin = self.rotary(columns[None, :, None])
         views = self._views(sequence, cache)
         turns = [self.rotary(_untimed(sequence.positions)), (cos, sin)] if self.dual else []
         for layer, block in enumerate(self.blocks):
@@ -294,6 +298,10 @@ class Transformer(nn.Module):
 
     def _views(self, sequence: Sequence, cache: Cache | None) -> list[View | None]:
         """The attention of each rule of the layout."""
+        if sequence.segments is not None:
+            if self.layout is not None or cache is not None:
+                raise ValueError("packed rows are for training, without lm.layout; leave one of them out")
+            return [Packed(sequence.segments, self.attention)]
         if self.layout is None:
             return [None]
         keys = sequence.positions[0]

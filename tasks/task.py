@@ -39,6 +39,12 @@ class Given:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def rows(self, chosen: list[int]) -> Given:
+        """A batch of the chosen clips."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value[chosen] for name, value in tensors.items() if isinstance(value, Tensor)}
+        return self.replace(captions=tuple(self.captions[row] for row in chosen), **tensors)
+
     def replace(self, **changes) -> Given:
         return replace(self, **changes)
 

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 
 from reelm.lm import heads, sampling
 from reelm.lm.heads import Categorical, Chained, Factorized, Head, cross_entropy
-from reelm.lm.heads import Categorical, Factorized, Head, cross_entropy
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
