@@ -113,20 +113,18 @@ def ceilings(bench: Bench) -> tuple[float, float]:
 def attentions(bench: Bench) -> None:
     """Prefix-LM attention forward and backward in each way, and causal attention; only the area that is seen counts."""
     batch, heads, columns, size, prefix = bench.sizes.attention
-    q, k, v = (
-        torch.randn(batch, heads, columns, size, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
-    )
+    q, k, v = (torch.randn(batch, heads, columns, size, device=bench.device, dtype=torch.bfloat16) for _ in range(3))
+
+    for x in (q, k, v):
+        x.requires_grad_(bench.gpu)  # FlexAttention has no backward pass on CPUs
 
     def both(function: Callable[..., Tensor]) -> Callable[[], None]:
         def work() -> None:
-            function(q, k, v).sum().backward()
+            out = function(q, k, v)
+            if bench.gpu:
+                out.sum().backward()
 
-        def forward() -> None:
-            with torch.no_grad():
-                function(q, k, v)
-
-        return work if bench.gpu else forward  # FlexAttention has no backward pass on CPUs
+        return work
 
     causal = columns * (columns + 1) / 2
     area = {"attention_causal": causal}
@@ -196,7 +194,7 @@ def trainings(bench: Bench, name: str, gemm: float) -> None:
             cost = 6 * (weights + scores) * tokens + 3 * 4 * width * depth * rows * area
             bench.keep(f"{label}_tokens_per_s", tokens / seconds)
             bench.keep(f"{label}_share_of_gemm", cost / seconds / gemm)
-            named = torch.cuda.get_device_name() if bench.gpu else ""
+            named = torch.cuda.get_device_name() if bench.gpu else "H100"
             peak = next((value for board, value in PEAKS.items() if board in named), None)
             if peak:
                 bench.keep(f"{label}_mfu", cost / seconds / peak)
