@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reelm.diffusion.conditions import Conditions
 from reelm.diffusion.layers import MLP, Attention, Scalar, Text, turns
@@ -84,6 +85,7 @@ class DiT(nn.Module):
     """
 
     cannot_grow = ("channels", "frames", "width", "heads", "patch")  # several matrices lie in one (store.grow)
+    checkpointing = False  # whether what is inside of the blocks is computed again in the backward pass, not kept
 
     def __init__(
         self,
@@ -137,7 +139,9 @@ class DiT(nn.Module):
         x = self.enter(tokens)
         angles = turns(x.shape[1:4], self.width // self.heads, self.theta, x.device)
         for block in self.blocks:
-            x = block(x, condition, angles, text, mask)
+            arguments = (x, condition, angles, text, mask)
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         shift, scale = self.modulation(F.silu(condition)).chunk(2, -1)
         out = self.leave(modulate(x, shift, scale)).unflatten(-1, (self.channels, self.patch, self.patch))
         return out.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (B, D, t, h, w)

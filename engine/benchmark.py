@@ -39,7 +39,7 @@ from reelm.tasks.task import Given
 from reelm.tokenizers.quantizers import lfq_entropy
 from reelm.tokenizers.tokens import Tokens
 
-SUITES = ("zoetrope", "decode", "tokenizer")
+SUITES = ("zoetrope", "decode", "tokenizer", "train", "gpu")
 PROMPT = "a red star moves left while a blue circle bounces"
 TOLERANCE = 0.03  # by which the two medians of one measurement may differ
 

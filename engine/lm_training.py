@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,16 @@ class LMTraining(ModelTraining):
         text: a trained text model, or the number of word pieces of one to be trained on the captions.
         text_drop: share of prompts left out, for classifier-free guidance.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
+        checkpointing: keep of each block only what goes in and compute the rest again in the backward pass: less
+            memory, about a third more work.
         only: a regular expression for the names of the parameters that learn, such as "temporal|gate" of a dual-channel
             layout whose first channel comes from an image model (`init`); None: all.
         sampling: with which samples are drawn to be looked at, and which the saved model has by default. Of a way to
             draw ids, temperature and guidance hold for masked and for continuous tokens too.
         formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
+        pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
+            longest (lm/packed.py). Best with lm.attention=flash.
     """
 
     made = VideoLM
@@ -60,10 +64,12 @@ class LMTraining(ModelTraining):
         text: SentencePieceText | T5Text | int = 1024,
         text_drop: float = 0.1,
         compile: bool = False,
+        checkpointing: bool = False,
         only: str | None = None,
         sampling: Sampling | TokenDenoising = Sampling(),
         formats: Sequence[Format] | None = None,
         audio: str | Path | None = None,
+        pack: bool = False,
     ) -> None:
         if head is None:
             raise ValueError("head=dit_flow is no head of the language model: leave stage=lm out or choose another")
@@ -72,7 +78,7 @@ class LMTraining(ModelTraining):
             sampling = TokenDenoising(temperature=sampling.temperature, guidance=sampling.guidance)
         if getattr(head, "func", head) is Masked and not isinstance(sampling, MaskedSampling):
             sampling = MaskedSampling(temperature=sampling.temperature, guidance=sampling.guidance)
-        super().__init__(tokenizer, task, optimisation, text, text_drop, compile, sampling, formats)
+        super().__init__(tokenizer, task, optimisation, text, text_drop, compile, checkpointing, sampling, formats)
         video = self.video_tokenizer[0]
         if continuous:
             head = partial(head, channels=LatentSpace(video).channels)
@@ -96,6 +102,12 @@ class LMTraining(ModelTraining):
                 f"the head predicts {self.lm.head.size} codes, the tokenizer has {vocabulary.visual}; "
                 "set head.bits so that together they number the tokenizer's codes"
             )
+        if pack and (getattr(lm, "layout", None) or not hasattr(lm, "blocks") or isinstance(self.lm.head, Masked)):
+            raise ValueError(
+                "stage.pack=true is for transformers without lm.layout that predict the next token; "
+                f"leave it out with lm={type(lm).__name__} and head={type(self.lm.head).__name__}"
+            )
+        self.pack = pack
         if only is not None:
             for name, parameter in self.lm.named_parameters():
                 parameter.requires_grad_(re.search(only, name) is not None)
@@ -103,7 +115,7 @@ class LMTraining(ModelTraining):
                 raise ValueError(f"stage.only={only} is in no parameter's name, so nothing would learn")
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.loss(batch.clip, batch.name, self.dropped(len(batch.clip)))
+        return self.model.loss(batch.clip, batch.name, self.dropped(len(batch.clip)), packed=self.pack)
 
     def more(self) -> dict[str, Any]:
         return {"audio": self.audio_tokenizer[0]}
@@ -113,8 +125,9 @@ class LMTraining(ModelTraining):
         if self.audio_tokenizer[0] is not None:
             self.audio_tokenizer[0].to(self.device)
 
-    def blocks(self) -> Iterable[nn.Module]:
-        return self.lm.transformer.blocks
+    @property
+    def network(self) -> nn.Module:
+        return self.lm.transformer
 
     def configure_optimizers(self) -> dict:
         return self.optimisation.configure(self, self.trainer.max_steps, inner=self.lm.transformer)

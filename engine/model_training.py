@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +35,7 @@ class ModelTraining(L.LightningModule):
     """Everything but the model and its loss.
 
     Subclasses name the `made` kind of model and the `measure` of its loss, set the module that is named as the model's
-    part, with room for `pieces` word pieces, and give `loss` and `blocks`.
+    part, with room for `pieces` word pieces, and give `loss` and `network`.
 
     Args:
         tokenizer: folder of a trained video tokenizer; it stays frozen.
@@ -44,6 +44,8 @@ class ModelTraining(L.LightningModule):
         text: a trained text model, or the number of word pieces of one to be trained on the captions.
         text_drop: share of prompts left out, for classifier-free guidance.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
+        checkpointing: keep of each block only what goes in and compute the rest again in the backward pass: less
+            memory, about a third more work.
         sampling: with which samples are drawn to be looked at, and which the saved model has by default.
         formats: lengths, sizes and rates to train on together, the usual one first; None: the data's own alone.
     """
@@ -60,6 +62,7 @@ class ModelTraining(L.LightningModule):
         text: SentencePieceText | T5Text | int,
         text_drop: float,
         compile: bool,
+        checkpointing: bool,
         sampling: Any,
         formats: Sequence[Format] | None = None,
     ) -> None:
@@ -68,7 +71,8 @@ class ModelTraining(L.LightningModule):
         self.task, self.optimisation = task, optimisation
         self.tasks = {part.name: part for part in tasks_of(task)}
         self.text = [text]  # in a list as well: T5 has weights
-        self.text_drop, self.compile_blocks, self.sampling = text_drop, compile, sampling
+        self.text_drop, self.sampling = text_drop, sampling
+        self.compile_blocks, self.checkpointing = compile, checkpointing
         self.formats = Formats(formats) if formats else None
         self.pieces = text if isinstance(text, int) else text.vocabulary
         self.model: VideoModel | None = None
@@ -91,8 +95,9 @@ class ModelTraining(L.LightningModule):
         """Further arguments of the model."""
         return {}
 
-    def blocks(self) -> Iterable[nn.Module]:
-        """What is worth compiling."""
+    @property
+    def network(self) -> nn.Module:
+        """The part with blocks, which are worth compiling and may be computed twice."""
         raise NotImplementedError
 
     def dropped(self, count: int) -> Tensor:
@@ -176,8 +181,13 @@ class ModelTraining(L.LightningModule):
         self.video_tokenizer[0].to(self.device)
         if isinstance(self.text[0], T5Text):
             self.text[0].to(self.device)
+        if (self.compile_blocks or self.checkpointing) and not hasattr(self.network, "blocks"):
+            kind = type(self.network).__name__
+            raise ValueError(f"stage.compile and stage.checkpointing are for networks of blocks; {kind} has none")
+        if self.checkpointing:
+            self.network.checkpointing = True
         if self.compile_blocks:
-            for block in self.blocks():
+            for block in self.network.blocks:
                 block.compile(dynamic=True)  # lengths and prefixes differ from batch to batch
 
     def training_step(self, batch: Batch, _: int) -> Tensor:

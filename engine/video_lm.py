@@ -79,7 +79,10 @@ class VideoLM(VideoModel):
         self.lm.transformer.passes = Passes(self.lm.transformer) if compiled else None
         return dtype
 
-    def loss(self, clip: Clip, task: str, unprompted: Tensor | bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, clip: Clip, task: str, unprompted: Tensor | bool = False, packed: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of all models; packed: the clips in one row, without filling prompts up to the longest."""
         given, target = self.task(task).split(clip)
         with torch.no_grad():
             tokens, sound = target.tokens, None
@@ -87,7 +90,8 @@ class VideoLM(VideoModel):
                 tokens = self.tokenizer.encode(target.video)
             if "audio" in given.asks:
                 sound = self.packer.sound.encode(target.audio, target.audio_rate)
-            sequence = self.packer.pack(given, self.task(task).marker, tokens, unprompted=unprompted, sound=sound)
+            pack = self.packer.pack_in_one_row if packed else self.packer.pack
+            sequence = pack(given, self.task(task).marker, tokens, unprompted=unprompted, sound=sound)
         return self.lm.loss(sequence)
 
     def _decode(self, batch: Batch, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,12 +28,16 @@ def _repeat(q: Tensor, *kv: Tensor) -> list[Tensor]:
     return [t.repeat_interleave(groups, 1) if groups > 1 else t for t in kv]
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
-    """By the book in float32, with an explicit mask; the oracle of the tests."""
+def by_the_book(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """In float32, with an explicit mask `(Lq, Lk)`."""
     k, v = _repeat(q, k, v)
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    seen = visible(q.shape[2], k.shape[2], prefix, q.device)
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.float()).to(v.dtype)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
+    """The oracle of the tests."""
+    return by_the_book(q, k, v, visible(q.shape[2], k.shape[2], prefix, q.device))
 
 
 @functools.lru_cache(maxsize=16)
@@ -92,14 +96,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
 
 
 @functools.cache
-def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
-    """FlashAttention's function, whichever of its packages loads (2, 3 or 4), or None.
+def _flash_function(name: str = "flash_attn_func") -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+    """A function of FlashAttention, of whichever of its packages loads (2, 3 or 4), or None.
 
     The name `flash_attn` alone proves nothing: version 4 leaves it as an empty namespace.
     """
     for module in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
         try:
-            function = getattr(importlib.import_module(module), "flash_attn_func", None)
+            function = getattr(importlib.import_module(module), name, None)
         except (ImportError, OSError, RuntimeError):
             continue
         if function is not None:
@@ -107,13 +111,24 @@ def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
     return None
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
-    """FlashAttention as two calls; its causal mask counts from the last column, as ours does."""
-    function = _flash_function()
+def has_flash(q: Tensor, name: str = "flash_attn_func") -> bool:
+    """Whether `flash` has a function for these queries."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and _flash_function(name) is not None
+
+
+def flash(q: Tensor, name: str = "flash_attn_func") -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """A function of FlashAttention for these queries; ValueError where there is none."""
+    function = _flash_function(name)
     if function is None or not q.is_cuda:
         raise ValueError("attention=flash needs a GPU and the package flash-attn; choose attention=sdpa")
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"attention=flash needs 16-bit numbers, not {q.dtype}; choose attention=sdpa or 16 bits")
+    return function
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
+    """FlashAttention as two calls; its causal mask counts from the last column, as ours does."""
+    function = flash(q)
     inside, seen = _two_calls(q, k, prefix)
 
     def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

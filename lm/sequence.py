@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+Segments = tuple[tuple[int, int], ...]  # columns and prefix of each sequence of a packed row
+
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """A batch of token sequences of one length and one prefix.
+    """A batch of token sequences of one length and one prefix, or a packed row of several of different ones.
 
     The columns before `prefix` see each other in both directions; the rest is causal. The number is the same for the
     whole batch: short texts are filled up with ordinary `<pad>` tokens inside the prefix, so that no padding mask
@@ -30,6 +32,8 @@ class Sequence:
         the id is hidden; `<mask>` where nothing is known. None: nothing is anywhere.
     latents: `(B, L, D)` float: the continuous tokens of the columns whose id is `Special.latent`, 0 elsewhere. None:
         there are none.
+    segments: columns and prefix of each sequence of a packed row (packed.py), which is the only row; `prefix` is then
+        0. None: each row is one sequence.
     """
 
     ids: Tensor
@@ -41,6 +45,7 @@ class Sequence:
     context_mask: Tensor | None = None
     interior: Tensor | None = None
     latents: Tensor | None = None
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.positions.shape != (*self.ids.shape, 3):
@@ -49,8 +54,18 @@ class Sequence:
             )
         if not 0 <= self.prefix <= self.ids.shape[1]:
             raise ValueError(f"a prefix of {self.prefix} columns does not fit a sequence of {self.ids.shape[1]}")
-        if self.loss is not None and self.loss.device.type == "cpu" and self.loss[:, : max(self.prefix, 1)].any():
-            raise ValueError(f"ids to predict lie inside the prefix of {self.prefix} columns, where they can be seen")
+        if self.segments is not None and (len(self.ids), self.prefix, sum(n for n, _ in self.segments)) != (
+            1, 0, self.length,
+        ):  # fmt: skip
+            raise ValueError(f"segments {self.segments} do not make up one row of {self.length} columns")
+        if self.loss is not None and self.loss.device.type == "cpu":
+            start = 0
+            for length, prefix in self.segments or ((self.length, self.prefix),):
+                if self.loss[:, start : start + max(prefix, 1)].any():
+                    raise ValueError(
+                        f"ids to predict lie inside the prefix of {prefix} columns, where they can be seen"
+                    )
+                start += length
         if self.next_positions is None:
             following = torch.cat([self.positions[:, 1:], self.positions[:, -1:]], 1)
             object.__setattr__(self, "next_positions", following)
@@ -105,7 +120,7 @@ class Sequence:
                     f"{part.length} with {part.prefix}; fill the shorter text with <pad>"
                 )
         tensors = {}
-        for name in (f.name for f in fields(Sequence) if f.name != "prefix"):
+        for name in (f.name for f in fields(Sequence) if f.name not in ("prefix", "segments")):
             values = [getattr(part, name) for part in parts]
             absent = [value is None for value in values]
             if any(absent) and not all(absent):

@@ -11,12 +11,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reelm.lm.attention import CHOICES, attention
 from reelm.lm.cache import Cache
 from reelm.lm.layouts import Layout, View
 from reelm.lm.linear import Linear
 from reelm.lm.norm import RMSNorm, rms_norm
+from reelm.lm.packed import Packed, tables
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special
 
@@ -199,6 +201,7 @@ class Transformer(nn.Module):
     """
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
+    checkpointing = False  # whether what is inside of the blocks is computed again in the backward pass, not kept
 
     def __init__(
         self,
@@ -276,20 +279,29 @@ class Transformer(nn.Module):
         if self.rope == "3d":
             cos, sin = self.rotary(sequence.positions)
         else:
-            cos, sin = self.rotary(torch.arange(seen, seen + x.shape[1], device=x.device)[None, :, None])
+            columns = torch.arange(seen, seen + x.shape[1], device=x.device)
+            if sequence.segments is not None:
+                columns = tables(sequence.segments, x.device).place
+            cos, sin = self.rotary(columns[None, :, None])
         views = self._views(sequence, cache)
         turns = [self.rotary(_untimed(sequence.positions)), (cos, sin)] if self.dual else []
         for layer, block in enumerate(self.blocks):
             if self.dual:
-                x = block(x, turns, sequence.prefix, cache, layer, views)
+                arguments = (x, turns, sequence.prefix, cache, layer, views)
             else:
-                x = block(x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)])
+                arguments = (x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)])
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
 
     def _views(self, sequence: Sequence, cache: Cache | None) -> list[View | None]:
         """The attention of each rule of the layout."""
+        if sequence.segments is not None:
+            if self.layout is not None or cache is not None:
+                raise ValueError("packed rows are for training, without lm.layout; leave one of them out")
+            return [Packed(sequence.segments, self.attention)]
         if self.layout is None:
             return [None]
         keys = sequence.positions[0]

@@ -6,7 +6,7 @@ import lightning
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from reelm.engine import benchmark_decode, tokenizer_benchmark
+from reelm.engine import benchmark_decode, benchmark_gpu, benchmark_train, tokenizer_benchmark
 from reelm.engine.benchmark import SUITES, Settings, random_model, run
 from reelm.engine.tokenizer_benchmark import Peers
 from reelm.engine.video_lm import load
@@ -26,6 +26,9 @@ def main(cfg: DictConfig) -> None:
         models = {"default": instantiate(cfg.tokenizer), "paper": instantiate(cfg.paper)}
         tokenizer_benchmark.run(models, peers, settings, Path(cfg.output))
         return
+    if cfg.suite == "gpu":
+        benchmark_gpu.run(settings, Path(cfg.output))
+        return
     data = instantiate(cfg.data)
     try:
         model, weights = (load(cfg.model), "trained") if cfg.model else (None, "random")
@@ -39,6 +42,8 @@ def main(cfg: DictConfig) -> None:
     about = {"model": cfg.model, "weights": weights}
     if cfg.suite == "decode":
         benchmark_decode.run(model, settings, cfg.clips, Path(cfg.output), about)
+    elif cfg.suite == "train":
+        benchmark_train.run(model, data, instantiate(cfg.task), settings, Path(cfg.output), about)
     else:
         run(model, data, settings, Path(cfg.output), about)
 

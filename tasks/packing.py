@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reelm.lm.packed import in_one_row
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special, Vocabulary, task_token
 from reelm.tasks.formats import Formats
@@ -298,6 +299,24 @@ class Packer(Preparing):
             interior=interior,
             latents=torch.cat(points, 1) if points else None,
         )
+
+    def pack_in_one_row(
+        self,
+        given: Given,
+        marker: int,
+        target: Tensor | None = None,
+        unprompted: Tensor | bool = False,
+        sound: Tensor | None = None,
+    ) -> Sequence:
+        """The sequences of `pack` as segments of one row, each with the text slots of its own prompt alone."""
+        drop = torch.as_tensor(unprompted, device=self.tokenizer.device).expand(len(given))
+        slots = [self.text_length(caption) for caption in given.captions]
+        parts = []
+        for count in sorted(set(slots)):
+            rows = [row for row, own in enumerate(slots) if own == count]
+            tokens, heard = (None if t is None else t[rows] for t in (target, sound))
+            parts.append(self.pack(given[rows], marker, tokens, drop[rows], count, heard))
+        return in_one_row(parts)
 
     def _heard(self, given: Given) -> Tensor | None:
         """Codes of the sound that is known; ValueError where the model knows no sound."""

@@ -102,6 +102,15 @@ def test_each_frame_may_have_its_time():
     assert not torch.allclose(model(noisy, torch.rand(2, 3)), spread, atol=1e-4)
 
 
+def test_checkpointing_gives_the_same_gradients():
+    model, noisy, time, all_of_it = awake(DiT(**SIZES)).train(), torch.randn(2, 3, 3, 4, 6), torch.rand(2), told()
+    gradients = []
+    for model.checkpointing in (False, True):
+        loss = model(noisy, time, all_of_it).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_gradients_reach_everything():
     model = awake(DiT(**SIZES)).train()
     model(torch.randn(2, 3, 3, 4, 6), torch.rand(2), told()).square().sum().backward()

@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reelm.lm import heads, sampling
-from reelm.lm.heads import Categorical, Factorized, Head, cross_entropy
+from reelm.lm.heads import Categorical, Chained, Factorized, Head, cross_entropy
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import SPECIAL, Vocabulary
@@ -97,6 +101,34 @@ def test_loss_in_chunks_is_the_same(head, monkeypatch):
     monkeypatch.setattr(heads, "LOGITS_AT_ONCE", 4 * head.size_of_logits)
     monkeypatch.setattr(heads, "ROWS_OF_LOGITS", 3)
     torch.testing.assert_close(run(), whole)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("make", [Categorical, partial(Factorized, bits=(9, 3)), partial(Chained, bits=(9, 3))])
+def test_scores_are_never_made_for_more_ids_than_a_chunk_forward_or_backward(make, monkeypatch):
+    head = randomized(make(Vocabulary(4096), 8))
+    hidden, ids = torch.randn(1, 301, 8, requires_grad=True), torch.randint(SPECIAL, SPECIAL + 4096, (1, 301))
+    numbers = []
+    for chunk in (300, 16):
+        monkeypatch.setattr(heads, "LOGITS_AT_ONCE", chunk * head.size_of_logits)
+        with Largest() as largest:
+            head.loss(hidden, ids, torch.ones_like(ids))[0].backward()
+        numbers.append(largest.numbers)
+    widest, tables = max(head.part_sizes), max(p.numel() for p in head.parameters())
+    assert numbers[0] == 300 * widest and numbers[1] == max(16 * widest, tables)
 
 
 def test_weights_count():

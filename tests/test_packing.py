@@ -250,6 +250,23 @@ def test_known_frames_in_a_row_are_few_tokens(packer, frames, clips):
     assert (ids.positions[0, start + 1 : end, 0] + CONDITION_TIME).tolist() == [t for t in times for _ in range(6)]
 
 
+@pytest.mark.parametrize("task", TASKS, ids=NAMES)
+def test_clips_in_one_row_are_those_of_each_clip_alone(packer, task):
+    whole = clip()
+    whole = whole.replace(captions=(CAPTIONS[0], " ".join(CAPTIONS * 2)))
+    given, tokens = split(task, whole), packer.tokenizer.encode(whole.video)
+    row = packer.pack_in_one_row(given, task.marker, tokens, torch.tensor([False, True]))
+    alone = [
+        packer.pack(given[[i]], task.marker, tokens[[i]], unprompted=bool(i), slots=packer.text_length(caption))
+        for i, caption in enumerate(given.captions)
+    ]
+    assert row.segments == tuple((part.length, part.prefix) for part in alone)
+    for name in ("ids", "positions", "next_positions", "loss"):
+        assert torch.equal(getattr(row, name), torch.cat([getattr(part, name) for part in alone], 1)), name
+    filled = packer.pack(given, task.marker, tokens)
+    assert row.length < filled.ids.numel() or task.name == "unconditional"
+
+
 def test_nothing_of_what_is_to_be_made_leaks_into_the_prefix(packer):
     for task in TASKS:
         whole = clip()

@@ -495,6 +495,26 @@ def test_mistakes_in_the_lightning_command_line_are_one_line(arguments, message,
     assert message in error_line(capfd)
 
 
+@pytest.mark.parametrize("setting", ["stage.pack=true", "stage.checkpointing=true"])
+def test_packed_and_checkpointed_training_has_the_losses_of_the_plain_one(tokenizer, tmp_path, setting):
+    common = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", "trainer.log_every_n_steps=1")
+    common += ("trainer.precision=32-true", "data.train.short_captions=0", "ema=0", "stage.text_drop=0")
+    for folder, settings in (("plain", ()), ("other", (setting,))):
+        assert program("train", *common, *settings, f"output={tmp_path}/{folder}") == 0
+    # a prompt may lack padding that it has in the plain run
+    tolerance = 0.01 if "pack" in setting else 1e-5
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+
+
+def test_what_cannot_be_packed_is_told(tokenizer, tmp_path, capfd):
+    given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", "stage.pack=true")
+    for other in ("head=masked", "lm=pixelcnn"):
+        assert program("train", *given, other) == 2
+        assert error_line(capfd).startswith("error: stage.pack=true is for transformers without lm.layout")
+    assert program("train", *given, "stage.pack=false", "stage.checkpointing=true", "lm=pixelcnn") == 2
+    assert "are for networks of blocks; PixelCNN has none" in error_line(capfd)
+
+
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     done = process("train", "stage=tokenizer", "trainer=ddp", f"output={tmp_path}", *TINY)
@@ -529,6 +549,30 @@ def test_ways_of_decoding_are_measured(tmp_path):
     ways = results["ways"]
     assert ways["Jacobi (float32)"]["same_tokens"] == ways["one by one (float32) again"]["same_tokens"] == 1
     assert ways["Jacobi, at least 16 (float32)"]["passes"] <= ways["one by one (float32)"]["passes"] / 16 + 1
+
+
+def test_training_is_measured(tmp_path):
+    output, small = tmp_path / "b.json", ("tokenizer=tiny", "lm=tiny", "data.train.size=[32,32]", "data.batch_size=4")
+    assert program("benchmark", "suite=train", "quick=true", "model=null", *small, f"output={output}") == 0
+    results = json.loads(output.read_text())
+    assert not results["trustworthy"] and 0.2 < results["loop"]["trainer_over_bare"] < 20
+    assert 0.5 < results["tokens"]["default"] <= results["tokens"]["packed"] < 1
+    assert 0 <= results["waiting"]["share"] < 1
+    assert {"step", "step, packed", "step, checkpointing", "gemm fp32"} < set(results["steps"]["rates"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is written without a GPU")
+def test_without_a_gpu_no_figure_stands_under_a_gpu_figures_name(tmp_path, capsys):
+    assert program("benchmark", "suite=gpu", "quick=true", f"output={tmp_path}/b.json") == 0
+    results = json.loads((tmp_path / "b.json").read_text())
+    assert results["figures"] == {} and results["device"] is None and not results["trustworthy"]
+    missing = results["missing"]
+    ran = ("copy_bytes_per_s", "attention_prefix_flex_over_causal", "decode_1b_graph_share_of_copy")
+    assert {missing[name] for name in (*ran, "train_300m_sdpa_tokens_per_s", "train_1b_sdpa_share_of_gemm")} == {
+        "no GPU"
+    }
+    assert all("flash" in name for name, why in missing.items() if why != "no GPU")
+    assert "no GPU: everything above was run with toy models" in capsys.readouterr().out
 
 
 def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):

@@ -186,3 +186,33 @@ def test_wrong_shapes_are_refused_in_one_line():
         with pytest.raises(ValueError, match=message) as error:
             Transformer(**{"width": 32, "depth": 1, "heads": 4, **arguments})
         assert "\n" not in str(error.value)
+
+
+def kept_and_gradients(m: Transformer, s: Sequence, x: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that the forward pass keeps for the backward pass beside the weights, and the gradients."""
+    weights = {p.untyped_storage().data_ptr() for p in m.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = m(x, s).square().sum()
+    return sum(kept.values()), list(torch.autograd.grad(loss, list(m.parameters())))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(dropout):
+    m, s, x = model(depth=6, dropout=dropout).train(), sequence(), vectors()
+    torch.manual_seed(0)
+    plain, expected = kept_and_gradients(m, s, x)
+    m.checkpointing = True
+    torch.manual_seed(0)
+    less, gradients = kept_and_gradients(m, s, x)
+    torch.testing.assert_close(gradients, expected)
+    assert less < plain / 4
+    with torch.no_grad():
+        assert torch.isfinite(m(x, s)).all()
