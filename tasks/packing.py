@@ -247,6 +247,7 @@ class Packer(Preparing):
             add_special(token, FORMAT_ROW + row)
         add_special(Special.bot_i, 2)
         column = torch.arange(text.shape[1], device=device)
+        first = sum(part.shape[1] for part in ids)
         add(text, torch.stack([torch.full_like(column, TEXT_TIME), torch.full_like(column, 3), column], -1))
         add_special(Special.eot_i, 4)
         conditions = self._conditions(given, used)
@@ -297,6 +298,7 @@ class Packer(Preparing):
             context_mask=context_mask,
             interior=interior,
             latents=torch.cat(points, 1) if points else None,
+            text=(first, first + text.shape[1]),
         )
 
     def _heard(self, given: Given) -> Tensor | None:

@@ -112,6 +112,8 @@ def test_systems_are_what_they_are_named_for(text):
         assert system(name, text).lm.transformer.layout == layout
     genie = system("genie", text)
     assert genie.sampling.by_frame and isinstance(genie.lm.head, Masked) and genie.lm.head.least == 0.5
+    phenaki = system("phenaki", text)
+    assert phenaki.lm.transformer.cross_attention and phenaki.lm.head.schedule == "uniform"
     assert {"continuation", "rewind", "interpolation"} <= set(system("mmvg", text).tasks)
 
 
