@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from reelm.data.writing import (
     write_video,
 )
 from reelm.engine.chain import chain_of, make_chain
+from reelm.engine.hierarchy import make_in_stages
 from reelm.engine.inputs import Inputs
 from reelm.engine.interruption import keep_tokens, read_tokens
 from reelm.engine.store import describe, fingerprint
@@ -46,16 +48,28 @@ class Job:
     size: tuple[int, int] | None = None
     fps: float | None = None
     chain: Sequence[str | Mapping[str, Any]] = ()
+    actions: Sequence[int] | None = None
+    stages: int = 0
 
     def steps(self) -> list[tuple[str, Inputs]]:
         """The tasks to be done and their inputs, checked."""
         if self.chain and self.task:
             raise ValueError(f"task={self.task} and chain=... both say what to do; leave one out")
+        if self.actions is not None and not _numbers(self.actions):
+            raise ValueError(f"actions is a list of whole numbers such as [0,3,3]; got {self.actions}")
+        if self.chain and self.actions is not None:
+            raise ValueError("actions=... lead through one task; leave chain=... out")
+        if self.stages and (self.chain or self.actions is not None):
+            raise ValueError(f"stages={self.stages} makes one task in several steps; leave chain and actions out")
         if self.chain:
             return chain_of(self.chain, self.inputs)
         task = self.task or self.inputs.task()
         self.inputs.check(task)
         return [(task, self.inputs)]
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(type(value) is int for value in values)
 
 
 def _outputs(job: Job, task: str) -> tuple[Path, str]:
@@ -94,6 +108,8 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         "fps": job.fps,
         "seeds": list(range(job.seed, job.seed + job.samples)),
         "keep_known": job.keep_known,
+        "actions": job.actions and list(job.actions),
+        "stages": job.stages,
         "sampling": describe(sampling),
         "tokenizer": fingerprint(model.tokenizer),
         model.noun.removeprefix("video ").replace(" ", "_"): fingerprint(model.trained),
@@ -111,8 +127,9 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
         line = bar.add_task(task)
         try:
-            clip = make_chain(
-                model, steps, made if isinstance(model, VideoLM) else None, frames=frames, samples=job.samples,
+            more = {"stages": job.stages} if job.stages else {"actions": job.actions}
+            clip = (partial(make_in_stages, model, *steps[0]) if job.stages else partial(make_chain, model, steps))(
+                made=made if isinstance(model, VideoLM) else None, frames=frames, samples=job.samples, **more,
                 seed=job.seed, sampling=sampling, keep_known=job.keep_known, size=job.size, fps=job.fps,
                 note=lambda text: print(f"note: {text}", file=sys.stderr), progress=progress,
             )  # fmt: skip

@@ -21,6 +21,7 @@ from reelm.lm.decoding import OneByOne, decode
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling, fill
+from reelm.lm.masked_diffusion import MaskedDenoising, MaskedTokenDiffusion, fill_latents
 from reelm.lm.precision import lighten
 from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.sequence import Sequence
@@ -29,6 +30,7 @@ from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion, draw_latent
 from reelm.tasks.formats import Formats
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
+from reelm.tokenizers.latent_actions import LatentActions
 from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tokenizer import VideoTokenizer
 from reelm.tokenizers.tokens import Tokens
@@ -48,9 +50,11 @@ class VideoLM(VideoModel):
         shape: frames, height and width of its clips. fps: their rate.
         sampling: how it samples where nothing else is asked for.
         formats, audio: as for all `VideoModel`s; it is told the format by tokens.
+        actions: the latent action model by whose codes the clips are played (Genie); it stays frozen.
     """
 
     noun, part, kind = "video language model", "lm", Sampling
+    frozen = ("audio", "actions")
 
     def __init__(
         self,
@@ -63,10 +67,14 @@ class VideoLM(VideoModel):
         sampling: Sampling | TokenDenoising = Sampling(),
         formats: Formats | None = None,
         audio: nn.Module | None = None,
+        actions: LatentActions | None = None,
     ) -> None:
         super().__init__(tokenizer, text, tasks, shape, fps, sampling, formats, audio)
         self.lm = lm
-        masked, continuous = (isinstance(lm.head, kind) for kind in (Masked, TokenDiffusion))
+        self.actions = None if actions is None else actions.eval().requires_grad_(False)
+        check_actions(actions, tokenizer, lm.head)
+        masked = isinstance(lm.head, Masked | MaskedTokenDiffusion)
+        continuous = isinstance(lm.head, TokenDiffusion)
         self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
 
     def lighten(self, dtype: str) -> str:
@@ -78,6 +86,8 @@ class VideoLM(VideoModel):
             tokens, sound = target.tokens, None
             if tokens is None and "video" in given.asks:
                 tokens = self.tokenizer.encode(target.video)
+            if self.actions is not None and target.frames > 1:
+                given = given.replace(actions=self.actions.encode(target.video))
             if "audio" in given.asks:
                 sound = self.packer.sound.encode(target.audio, target.audio_rate)
             sequence = self.packer.pack(given, self.task(task).marker, tokens, unprompted=unprompted, sound=sound)
@@ -140,12 +150,42 @@ class VideoLM(VideoModel):
     def _how(self, sampling: Sampling | TokenDenoising | None) -> Sampling | TokenDenoising:
         """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing."""
         sampling = self._sampling(sampling, Sampling if self.packer.space is None else TokenDenoising)
-        if isinstance(sampling, MaskedSampling) and not self.packer.masked:
-            head = type(self.lm.head).__name__
-            raise ValueError(f"sampler=masked needs a model with a masked head; this one's is {head}: leave it out")
+        if isinstance(sampling, MaskedSampling | MaskedDenoising) and not self.packer.masked:
+            name, head = "masked" if self.packer.space is None else "masked_denoising", type(self.lm.head).__name__
+            raise ValueError(f"sampler={name} needs a model with a masked head; this one's is {head}: leave it out")
         if isinstance(sampling, Sampling) and sampling.decoding is None and not self.packer.masked:
             return replace(sampling, decoding=Jacobi())
         return sampling
+
+    def frames_played(self, given: Given) -> int:
+        """To how many latent frames an action has to be told: those that are made, but for a clip's first."""
+        leading = self.packer.prefix_frames(given)
+        known = 1 + (leading - 1) // self.tokenizer.compression[0] if leading else 0
+        return self.packer.grid(given)[0] - max(known, 1)
+
+    def _played(self, given: Given, seed: int) -> Given:
+        """With an action for each latent frame but the first: those of known frames are what the action model sees,
+        those of the others are given, or else drawn."""
+        if self.actions is None:
+            if given.actions is not None:
+                raise ValueError("this model is not played by actions; leave actions=... out")
+            return given
+        count, told, kinds = self.frames_played(given), given.actions, self.actions.codes
+        if told is None:
+            draws = seeded(list(range(seed, seed + len(given))), self.device)
+            told = torch.stack([torch.randint(kinds, (count,), generator=g, device=self.device) for g in draws])
+        if told.shape[1] != count:
+            raise ValueError(
+                f"actions has {told.shape[1]} numbers; this clip takes {count}, one for each latent frame after those "
+                "that are known or the first"
+            )
+        if told.numel() and not 0 <= int(told.min()) <= int(told.max()) < kinds:
+            wrong = int(told[(told < 0) | (told >= kinds)][0])
+            raise ValueError(f"actions are numbers from 0 to {kinds - 1}; got {wrong}")
+        leading = self.packer.prefix_frames(given)
+        if leading > 1:
+            told = torch.cat([self.actions.encode(given.video[:, :, :leading]), told], 1)
+        return given.replace(actions=told)
 
     def _at_once(
         self,
@@ -159,7 +199,11 @@ class VideoLM(VideoModel):
         sequence = self.packer.pack(given, self.task(task).marker)
         known = self.packer.known_in(sequence)
         where = Tokens.positions(self.packer.grid(given), self.device)[known.shape[1] :]
-        made = (fill if self.packer.masked else partial(draw_latents, positions=where))(
+        if self.packer.masked:
+            make = fill if self.packer.space is None else fill_latents
+        else:
+            make = partial(draw_latents, positions=where)
+        made = make(
             self.lm.transformer,
             self.lm.head,
             sequence,
@@ -192,7 +236,7 @@ class VideoLM(VideoModel):
             made and tokens asked after each pass. made: a list that is filled with the ids `(B, k)` of each pass; one
             that was filled by a call that was interrupted is gone on from.
         """
-        given, sampling = self._given(given, task), self._how(sampling)
+        given, sampling = self._played(self._given(given, task), seed), self._how(sampling)
         if self.packer.masked or self.packer.space is not None:
             return self._at_once(given, task, sampling, seed, progress)
         sequence, tokens = self._begin(given, task, progress, made)
@@ -238,7 +282,7 @@ class VideoLM(VideoModel):
 
         Together they are what `generate` gives, in float32 to the last bit.
         """
-        given, sampling = self._given(given, task), self._how(sampling)
+        given, sampling = self._played(self._given(given, task), seed), self._how(sampling)
         if self.packer.masked or self.packer.space is not None:
             yield self._at_once(given, task, sampling, seed, progress).video
             return
@@ -252,6 +296,22 @@ class VideoLM(VideoModel):
             if ready > sent:
                 yield self.tokenizer.decode(codes[:, sent:ready], past)
                 sent = ready
+
+
+def check_actions(actions: LatentActions | None, tokenizer: nn.Module, head: nn.Module) -> None:
+    """ValueError where a latent action model does not fit the tokenizer and the head."""
+    asked = getattr(head, "actions", 0)
+    codes = 0 if actions is None else actions.codes
+    if asked != codes:
+        raise ValueError(
+            f"the head knows {asked} actions and the latent action model has {codes}; set head.actions={codes} of "
+            "head=masked, and stage.actions to the folder of a latent action model where that is not 0"
+        )
+    if actions is not None and actions.stride != tokenizer.compression[0]:
+        raise ValueError(
+            f"actions lead over {actions.stride} frames, a latent frame has {tokenizer.compression[0]}; "
+            "train a latent action model with this latent_actions.stride"
+        )
 
 
 def find(name: str | Path) -> Path:

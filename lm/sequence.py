@@ -30,6 +30,8 @@ class Sequence:
         the id is hidden; `<mask>` where nothing is known. None: nothing is anywhere.
     latents: `(B, L, D)` float: the continuous tokens of the columns whose id is `Special.latent`, 0 elsewhere. None:
         there are none.
+    actions: `(B, L)` int64: for a masked head, the number of the action that leads to the frame of a column, -1 where
+        none does. None: none does anywhere.
     text: first column of the prompt and the one after its last, the same in all rows, for transformers that attend to
         it apart from the sequence. None: there is no prompt, or it is not told which columns it has.
     """
@@ -43,6 +45,7 @@ class Sequence:
     context_mask: Tensor | None = None
     interior: Tensor | None = None
     latents: Tensor | None = None
+    actions: Tensor | None = None
     text: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

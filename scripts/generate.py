@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     size = (size, size) if isinstance(size, int) else size and tuple(size)
     job = Job(
         cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known,
-        cfg.dtype, cfg.tokens, size, cfg.fps, settings["chain"] or (),
+        cfg.dtype, cfg.tokens, size, cfg.fps, settings["chain"] or (), settings["actions"], cfg.stages,
     )  # fmt: skip
     sampling = instantiate(cfg.sampler, _convert_="all")
     if isinstance(sampling, dict):  # changes of the model's own way
