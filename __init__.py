@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reelm.data.clip import Clip
-    from reelm.engine.video_lm import VideoLM, load
+    from reelm.engine.loading import load
+    from reelm.engine.video_lm import VideoLM
 
 __version__ = "0.1.0"
 __all__ = ["Clip", "VideoLM", "load"]
 
-_HOMES = {"Clip": "reelm.data.clip", "VideoLM": "reelm.engine.video_lm", "load": "reelm.engine.video_lm"}
+_HOMES = {"Clip": "reelm.data.clip", "VideoLM": "reelm.engine.video_lm", "load": "reelm.engine.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,9 +19,9 @@ from reelm.data.codecs import CODECS, TOLERANCE, check_codecs, decode, encode
 from reelm.data.reading import VideoReader
 from reelm.data.writing import VIDEOS, check_output, side_by_side, whole_file, write_contact_sheet, write_video
 from reelm.engine import sound_comparison
+from reelm.engine.loading import load_tokenizer
 from reelm.engine.outside import weights_digest
 from reelm.engine.store import fingerprint
-from reelm.engine.video_lm import load_tokenizer
 from reelm.evaluation.reconstruction import bits_per_pixel, mean_over_frames, psnr, ssim, token_usage
 from reelm.tokenizers.memory import bytes_of
 from reelm.tokenizers.perceptual import LPIPS

@@ -18,7 +18,7 @@ from reelm.data.writing import write_contact_sheet
 from reelm.data.zoetrope.captions import Asked, Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine.hearing import Ear
-from reelm.engine.video_lm import load
+from reelm.engine.loading import load
 from reelm.engine.video_model import VideoModel
 from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.evaluation.zoetrope_hearing import ATTRIBUTES as AUDIBLE

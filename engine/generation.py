@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ def make(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
     made: list[list[Tensor]] | Windows | None = None,
+    actions: Sequence[int] | None = None,
 ) -> Clip:
     """Clips for a user's inputs.
 
@@ -45,12 +46,19 @@ def make(
     size, fps: of the result, where the model makes several.
     made: for language models, a list that is filled with the tokens of each window, in pieces `(B, k)`; one that was
         filled by a call that was interrupted is gone on from.
+    actions: of a model that is played by them, for each latent frame after those that are known, or after the first;
+        None: drawn.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}; give 1 or more")
     windows = made if isinstance(made, Windows) else Windows(made)
 
     def generate(given: Given, task: str, seed: int) -> Clip:
+        nonlocal actions
+        if actions is not None:  # of this window; frames beyond what was asked for, which are cut off, repeat the last
+            count = model.frames_played(given)
+            played = torch.tensor([*actions[:count], *actions[-1:] * max(count - len(actions), 0)])
+            given, actions = given.replace(actions=played.expand(len(given), -1).to(model.device)), actions[count:]
         return model.generate(given, task, sampling, seed, progress, **windows.next()).to("cpu")
 
     length = model.task(task).frames
@@ -63,6 +71,8 @@ def make(
     if frames < form.frames and task in ("interpolation", "connection", "loop"):
         raise ValueError(f"task={task} makes clips of {form.frames} frames with this model; got {frames}")
     given = first_given(model, task, inputs, form, samples)
+    if actions is not None:
+        actions = _checked(actions, model, task, given, frames)
     clip = generate(given, task, seed)
     if keep_known and given.video is not None:
         count = given.video.shape[2]
@@ -74,6 +84,22 @@ def make(
     video = clip.video[:, :, -frames:] if task == "backward" else clip.video[:, :, :frames]
     audio = None if clip.audio is None else clip.audio[..., : round(frames / form.fps * clip.audio_rate)]
     return clip.replace(video=video[:, :, :-1] if task == "loop" else video, audio=audio)
+
+
+def _checked(actions: Sequence[int], model: VideoModel, task: str, given: Given, frames: int) -> list[int]:
+    """The actions of a whole clip; ValueError where they are not as many as it takes, or cannot be told."""
+    if getattr(model, "actions", None) is None:
+        raise ValueError("this model is not played by actions; leave actions=... out")
+    if task not in ("t2v", "unconditional", "i2v", "continuation"):
+        raise ValueError(f"task={task} is not played by actions; leave actions=... out")
+    count = model.frames_played(given.replace(shape=(frames, *given.shape[1:])))
+    if len(actions) != count:
+        raise ValueError(
+            f"actions has {len(actions)} numbers; this clip takes {count}, one for each latent frame to make"
+        )
+    if wrong := [action for action in actions if action not in range(model.actions.codes)]:
+        raise ValueError(f"actions are numbers from 0 to {model.actions.codes - 1}; got {wrong[0]}")
+    return list(actions)
 
 
 def _longer(

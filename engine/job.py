@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from reelm.data.writing import (
     write_video,
 )
 from reelm.engine.chain import chain_of, make_chain
+from reelm.engine.hierarchy import make_in_stages
 from reelm.engine.inputs import Inputs
 from reelm.engine.interruption import keep_tokens, read_tokens
+from reelm.engine.loading import load
 from reelm.engine.store import describe, fingerprint
-from reelm.engine.video_lm import VideoLM, load
+from reelm.engine.video_lm import VideoLM
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Job:
     size: tuple[int, int] | int | None = None
     fps: float | None = None
     chain: Sequence[str | Mapping[str, Any]] = ()
+    actions: Sequence[int] | None = None
+    stages: int = 0
 
     def __post_init__(self) -> None:
         for name, whole, least in (
@@ -69,6 +74,12 @@ class Job:
         """The tasks to be done and their inputs, checked."""
         if self.chain and self.task:
             raise ValueError(f"task={self.task} and chain=... both say what to do; leave one out")
+        if self.actions is not None and not _numbers(self.actions):
+            raise ValueError(f"actions is a list of whole numbers such as [0,3,3]; got {self.actions}")
+        if self.chain and self.actions is not None:
+            raise ValueError("actions=... lead through one task; leave chain=... out")
+        if self.stages and (self.chain or self.actions is not None):
+            raise ValueError(f"stages={self.stages} makes one task in several steps; leave chain and actions out")
         if self.chain:
             return chain_of(self.chain, self.inputs)
         task = self.task or self.inputs.task()
@@ -93,6 +104,10 @@ def _check_memory(job: Job, frames: int, size: tuple[int, int]) -> None:
             f"frames={frames} with samples={job.samples} take {need / 1e9:.0f} GB of memory, and this machine has "
             f"{have / 1e9:.0f}; ask for fewer"
         )
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(type(value) is int for value in values)
 
 
 def _outputs(job: Job, task: str) -> tuple[Path, str]:
@@ -154,6 +169,8 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         "fps": job.fps,
         "seeds": list(range(job.seed, job.seed + job.samples)),
         "keep_known": job.keep_known,
+        "actions": job.actions and list(job.actions),
+        "stages": job.stages,
         "sampling": describe(sampling),
         "tokenizer": fingerprint(model.tokenizer),
         model.noun.removeprefix("video ").replace(" ", "_"): fingerprint(model.trained),
@@ -171,10 +188,12 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True)
     line = bar.add_task(task)
+    more = {"stages": job.stages} if job.stages else {"actions": job.actions}
+    make = partial(make_in_stages, model, *steps[0]) if job.stages else partial(make_chain, model, steps)
     try:
         with bar, _noted():
-            clip = make_chain(
-                model, steps, made if isinstance(model, VideoLM) else None, frames=frames, samples=job.samples,
+            clip = make(
+                made=made if isinstance(model, VideoLM) else None, frames=frames, samples=job.samples, **more,
                 seed=job.seed, sampling=sampling, keep_known=job.keep_known, size=job.size, fps=job.fps,
                 note=_note, progress=progress,
             )  # fmt: skip

@@ -11,14 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from reelm.data.module import Batch
+from reelm.data.tokens import TokenShards
 from reelm.engine import store
 from reelm.engine.model_training import ModelTraining
 from reelm.engine.optimisation import Optimisation
-from reelm.engine.video_lm import VideoLM
+from reelm.engine.video_lm import VideoLM, check_actions
 from reelm.lm.audio_visual import AudioVisual
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling
+from reelm.lm.masked_diffusion import MaskedDenoising, MaskedTokenDiffusion
 from reelm.lm.sampling import Sampling
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
 from reelm.lm.vocabulary import Vocabulary
@@ -50,6 +52,8 @@ class LMTraining(ModelTraining):
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
         pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
             longest (lm/packed.py). Best with lm.attention=flash.
+        actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
+            stays frozen.
     """
 
     made = VideoLM
@@ -70,13 +74,16 @@ class LMTraining(ModelTraining):
         formats: Sequence[Format] | None = None,
         audio: str | Path | None = None,
         pack: bool = False,
+        actions: str | Path | None = None,
     ) -> None:
         if head is None:
             raise ValueError("head=dit_flow is no head of the language model: leave stage=lm out or choose another")
-        continuous = getattr(head, "func", head) is TokenDiffusion
+        kind = getattr(head, "func", head)
+        continuous = kind in (TokenDiffusion, MaskedTokenDiffusion)
         if continuous and isinstance(sampling, Sampling):
-            sampling = TokenDenoising(temperature=sampling.temperature, guidance=sampling.guidance)
-        if getattr(head, "func", head) is Masked and not isinstance(sampling, MaskedSampling):
+            draws = MaskedDenoising if kind is MaskedTokenDiffusion else TokenDenoising
+            sampling = draws(temperature=sampling.temperature, guidance=sampling.guidance)
+        if kind is Masked and not isinstance(sampling, MaskedSampling):
             sampling = MaskedSampling(temperature=sampling.temperature, guidance=sampling.guidance)
         super().__init__(tokenizer, task, optimisation, text, text_drop, compile, checkpointing, sampling, formats)
         video = self.video_tokenizer[0]
@@ -102,12 +109,17 @@ class LMTraining(ModelTraining):
                 f"the head predicts {self.lm.head.size} codes, the tokenizer has {vocabulary.visual}; "
                 "set head.bits so that together they number the tokenizer's codes"
             )
-        if pack and (getattr(lm, "layout", None) or not hasattr(lm, "blocks") or isinstance(self.lm.head, Masked)):
+        apart = getattr(lm, "layout", None) or getattr(lm, "cross_attention", False)
+        if pack and (apart or not hasattr(lm, "blocks") or isinstance(self.lm.head, Masked | MaskedTokenDiffusion)):
             raise ValueError(
-                "stage.pack=true is for transformers without lm.layout that predict the next token; "
+                "stage.pack=true is for transformers that go on, without lm.layout or cross_attention; "
                 f"leave it out with lm={type(lm).__name__} and head={type(self.lm.head).__name__}"
             )
         self.pack = pack
+        acts = None if actions is None else store.load(store.part_of(actions, "actions"))
+        self.latent_actions = [acts]
+        self.actions_hash = None if acts is None else store.fingerprint(acts)
+        check_actions(acts, video, self.lm.head)
         if only is not None:
             for name, parameter in self.lm.named_parameters():
                 parameter.requires_grad_(re.search(only, name) is not None)
@@ -118,12 +130,18 @@ class LMTraining(ModelTraining):
         return self.model.loss(batch.clip, batch.name, self.dropped(len(batch.clip)), packed=self.pack)
 
     def more(self) -> dict[str, Any]:
-        return {"audio": self.audio_tokenizer[0]}
+        return {"audio": self.audio_tokenizer[0], "actions": self.latent_actions[0]}
+
+    def _check_tokens(self, source: TokenShards) -> None:
+        super()._check_tokens(source)
+        if self.latent_actions[0] is not None:
+            raise ValueError("actions are seen in pixels and data=tokens holds none; train on the clips themselves")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.audio_tokenizer[0] is not None:
-            self.audio_tokenizer[0].to(self.device)
+        for part in (*self.audio_tokenizer, *self.latent_actions):
+            if part is not None:
+                part.to(self.device)
 
     @property
     def network(self) -> nn.Module:

@@ -77,6 +77,7 @@ class ModelTraining(L.LightningModule):
         self.pieces = text if isinstance(text, int) else text.vocabulary
         self.model: VideoModel | None = None
         self.tokenizer_hash, self.audio_hash = store.fingerprint(self.video_tokenizer[0]), None
+        self.actions_hash: str | None = None
 
     @property
     def metric(self) -> str:
@@ -110,9 +111,10 @@ class ModelTraining(L.LightningModule):
         if not (Path(folder) / part).is_dir():
             raise FileNotFoundError(f"no {part}/ in {folder}; init=... names the folder that holds {part}/")
         config = store.read_json(Path(folder) / "config.json")
-        for name, own in (("tokenizer", self.tokenizer_hash), ("audio", self.audio_hash)):
+        parts = {"tokenizer": self.tokenizer_hash, "audio": self.audio_hash, "actions": self.actions_hash}
+        for name, own in parts.items():
             made_of = config.get(name)
-            if made_of != own and not (name == "audio" and made_of is None):  # sound may be learned later
+            if made_of != own and (name == "tokenizer" or made_of is not None):  # sound may be learned later
                 raise ValueError(
                     f"{folder} was trained on tokens of another tokenizer ({made_of}, this one is {own}); "
                     f"give the same stage.{name}=..."

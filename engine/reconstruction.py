@@ -19,8 +19,8 @@ from reelm.data.folder import SUFFIXES
 from reelm.data.reading import VideoReader
 from reelm.data.writing import write_contact_sheet
 from reelm.engine.comparison import SMALLEST, Result, compare, load_lpips
+from reelm.engine.loading import load_tokenizer
 from reelm.engine.store import fingerprint
-from reelm.engine.video_lm import load_tokenizer
 from reelm.evaluation.reconstruction import token_usage
 from reelm.tokenizers.tokenizer import VideoTokenizer
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reelm.data.clip import Clip
 from reelm.engine import store
-from reelm.engine.video_lm import find
+from reelm.engine.loading import find
 from reelm.evaluation.reconstruction import code_usage
 from reelm.evaluation.sound import mel_distance, si_sdr, snr
 from reelm.tokenizers.audio import SoundStream

@@ -19,7 +19,8 @@ from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import fit, store
 from reelm.engine.benchmark import flops
 from reelm.engine.evaluation import evaluate_task
-from reelm.engine.video_lm import VideoLM, load
+from reelm.engine.loading import load
+from reelm.engine.video_lm import VideoLM
 from reelm.engine.video_model import VideoModel
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES
 

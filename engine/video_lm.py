@@ -1,4 +1,4 @@
-"""`VideoLM`: tokenizer, text model and language model joined. Where models of any kind are found and loaded."""
+"""`VideoLM`: tokenizer, text model and language model joined."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from reelm.data.clip import Clip
-from reelm.engine import outside, store
 from reelm.engine.batches import Batch, in_order, in_step
 from reelm.engine.interruption import Account
-from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_model import VideoModel
 from reelm.lm.compiled import Passes
 from reelm.lm.decoding import OneByOne, decode
 from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling, fill
+from reelm.lm.masked_diffusion import MaskedDenoising, MaskedTokenDiffusion, fill_latents
 from reelm.lm.precision import lighten
 from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.sequence import Sequence
@@ -30,14 +28,13 @@ from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion, draw_latent
 from reelm.tasks.formats import Formats
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
+from reelm.tokenizers.latent_actions import LatentActions
 from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tiling import Tiled
-from reelm.tokenizers.tokenizer import VideoTokenizer
 from reelm.tokenizers.tokens import Tokens
 from reelm.tokenizers.within_memory import decode_within_memory
 
 LEVEL_SEEDS = 1 << 32  # between the seeds of the levels of sound, so that no two parts of a clip draw the same
-BOX = Path(__file__).resolve().parents[1] / "pretrained"
 
 
 class VideoLM(VideoModel):
@@ -51,9 +48,11 @@ class VideoLM(VideoModel):
         shape: frames, height and width of its clips. fps: their rate.
         sampling: how it samples where nothing else is asked for.
         formats, audio: as for all `VideoModel`s; it is told the format by tokens.
+        actions: the latent action model by whose codes the clips are played (Genie); it stays frozen.
     """
 
     noun, part, kind = "video language model", "lm", Sampling
+    frozen = ("audio", "actions")
 
     def __init__(
         self,
@@ -66,10 +65,14 @@ class VideoLM(VideoModel):
         sampling: Sampling | TokenDenoising = Sampling(),
         formats: Formats | None = None,
         audio: nn.Module | None = None,
+        actions: LatentActions | None = None,
     ) -> None:
         super().__init__(tokenizer, text, tasks, shape, fps, sampling, formats, audio)
         self.lm = lm
-        masked, continuous = (isinstance(lm.head, kind) for kind in (Masked, TokenDiffusion))
+        self.actions = None if actions is None else actions.eval().requires_grad_(False)
+        check_actions(actions, tokenizer, lm.head)
+        masked = isinstance(lm.head, Masked | MaskedTokenDiffusion)
+        continuous = isinstance(lm.head, TokenDiffusion)
         self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
 
     def lighten(self, dtype: str, compiled: bool = False) -> str:
@@ -88,6 +91,8 @@ class VideoLM(VideoModel):
             tokens, sound = target.tokens, None
             if tokens is None and "video" in given.asks:
                 tokens = self.tokenizer.encode(target.video)
+            if self.actions is not None and target.frames > 1:
+                given = given.replace(actions=self.actions.encode(target.video))
             if "audio" in given.asks:
                 sound = self.packer.sound.encode(target.audio, target.audio_rate)
             pack = self.packer.pack_in_one_row if packed else self.packer.pack
@@ -151,12 +156,42 @@ class VideoLM(VideoModel):
     def _how(self, sampling: Sampling | TokenDenoising | None) -> Sampling | TokenDenoising:
         """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing."""
         sampling = self._sampling(sampling, Sampling if self.packer.space is None else TokenDenoising)
-        if isinstance(sampling, MaskedSampling) and not self.packer.masked:
-            head = type(self.lm.head).__name__
-            raise ValueError(f"sampler=masked needs a model with a masked head; this one's is {head}: leave it out")
+        if isinstance(sampling, MaskedSampling | MaskedDenoising) and not self.packer.masked:
+            name, head = "masked" if self.packer.space is None else "masked_denoising", type(self.lm.head).__name__
+            raise ValueError(f"sampler={name} needs a model with a masked head; this one's is {head}: leave it out")
         if isinstance(sampling, Sampling) and sampling.decoding is None and not self.packer.masked:
             return replace(sampling, decoding=Jacobi())
         return sampling
+
+    def frames_played(self, given: Given) -> int:
+        """To how many latent frames an action has to be told: those that are made, but for a clip's first."""
+        leading = self.packer.prefix_frames(given)
+        known = 1 + (leading - 1) // self.tokenizer.compression[0] if leading else 0
+        return self.packer.grid(given)[0] - max(known, 1)
+
+    def _played(self, given: Given, seeds: list[int]) -> Given:
+        """With an action for each latent frame but the first: those of known frames are what the action model sees,
+        those of the others are given, or else drawn."""
+        if self.actions is None:
+            if given.actions is not None:
+                raise ValueError("this model is not played by actions; leave actions=... out")
+            return given
+        count, told, kinds = self.frames_played(given), given.actions, self.actions.codes
+        if told is None:
+            draws = seeded(seeds, self.device)
+            told = torch.stack([torch.randint(kinds, (count,), generator=g, device=self.device) for g in draws])
+        if told.shape[1] != count:
+            raise ValueError(
+                f"actions has {told.shape[1]} numbers; this clip takes {count}, one for each latent frame after those "
+                "that are known or the first"
+            )
+        if told.numel() and not 0 <= int(told.min()) <= int(told.max()) < kinds:
+            wrong = int(told[(told < 0) | (told >= kinds)][0])
+            raise ValueError(f"actions are numbers from 0 to {kinds - 1}; got {wrong}")
+        leading = self.packer.prefix_frames(given)
+        if leading > 1:
+            told = torch.cat([self.actions.encode(given.video[:, :, :leading]), told], 1)
+        return given.replace(actions=told)
 
     def _at_once(self, batch: Batch, sampling: Sampling | TokenDenoising) -> Tensor:
         """Frames of models whose tokens are filled in from all sides, or are continuous.
@@ -176,22 +211,25 @@ class VideoLM(VideoModel):
             account.add(made)
         if self.packer.masked:
             if made is None:
-                made = fill(
+                make = fill if self.packer.space is None else fill_latents
+                made = make(
                     self.lm.transformer, self.lm.head, sequence, callback=lambda n, _: account.tell(n), **options
                 )
                 account.add(made)
-            codes = self.lm.head.vocabulary.from_visual(torch.cat([known, made], 1).unflatten(1, grid))
-            return decode_within_memory(self.tokenizer, codes)
-        made = draw_latents(
-            self.lm.transformer,
-            self.lm.head,
-            sequence,
-            where,
-            callback=lambda _, newest: account.add(newest[:, None]),
-            made=made,
-            **options,
-        )
-        return self.packer.space.decode(torch.cat([known, made], 1).unflatten(1, grid).movedim(-1, 1))
+        else:
+            made = draw_latents(
+                self.lm.transformer,
+                self.lm.head,
+                sequence,
+                where,
+                callback=lambda _, newest: account.add(newest[:, None]),
+                made=made,
+                **options,
+            )
+        tokens = torch.cat([known, made], 1).unflatten(1, grid)
+        if self.packer.space is not None:
+            return self.packer.space.decode(tokens.movedim(-1, 1))
+        return decode_within_memory(self.tokenizer, self.lm.head.vocabulary.from_visual(tokens))
 
     def _batches(
         self,
@@ -204,6 +242,7 @@ class VideoLM(VideoModel):
         """The samples in batches of which none depends on its neighbours."""
         rows = self.packer.alike(given)
         parts = [given] if len(rows) == 1 else [given[some] for some in rows]
+        parts = [self._played(part, [seed + row for row in some]) for part, some in zip(parts, rows, strict=True)]
         sequences = [self.packer.pack(part, self.task(task).marker) for part in parts]
         total = 0
         for part, sequence in zip(parts, sequences, strict=True):
@@ -295,33 +334,17 @@ class VideoLM(VideoModel):
                 sent = ready
 
 
-def find(name: str | Path) -> Path:
-    """The folder of a model of the box ("zoetrope"), or the folder that the name is."""
-    folder = Path(name)
-    if not folder.is_dir() and (BOX / str(name)).is_dir():
-        folder = BOX / str(name)
-    if not folder.is_dir():
-        boxed = sorted(path.name for path in BOX.iterdir() if path.is_dir()) if BOX.is_dir() else []
-        raise FileNotFoundError(f"no model {name}: give a folder or one of the box: {', '.join(boxed) or '(empty)'}")
-    return folder
-
-
-def load(name: str | Path) -> VideoModel:
-    """A model from the box by its name ("zoetrope"), or from a folder, which tells its kind by the part in it."""
-    folder = find(name)
-    if not (folder / "config.json").is_file() and (folder / "tokenizer").is_dir():
+def check_actions(actions: LatentActions | None, tokenizer: nn.Module, head: nn.Module) -> None:
+    """ValueError where a latent action model does not fit the tokenizer and the head."""
+    asked = getattr(head, "actions", 0)
+    codes = 0 if actions is None else actions.codes
+    if asked != codes:
         raise ValueError(
-            f"model={name} is a tokenizer alone, which makes no clips; give a model with lm/ or diffusion/"
+            f"the head knows {asked} actions and the latent action model has {codes}; set head.actions={codes} of "
+            "head=masked, and stage.actions to the folder of a latent action model where that is not 0"
         )
-    kind = VideoDiffusion if (folder / VideoDiffusion.part).is_dir() else VideoLM
-    return kind.from_pretrained(folder)
-
-
-def load_tokenizer(name: str, trust: bool = False) -> tuple[VideoTokenizer, Path]:
-    """The tokenizer of a model of the box, of a model's folder, or of its own folder, which may be one from outside
-    (`outside.load`); and that folder. trust: TorchScript programs."""
-    folder = store.part_of(find(name), "tokenizer")
-    model = outside.load(folder, trust)
-    if not isinstance(model, VideoTokenizer):
-        raise ValueError(f"model={name} holds a {type(model).__name__}, which is no video tokenizer")
-    return model, folder
+    if actions is not None and actions.stride != tokenizer.compression[0]:
+        raise ValueError(
+            f"actions lead over {actions.stride} frames, a latent frame has {tokenizer.compression[0]}; "
+            "train a latent action model with this latent_actions.stride"
+        )

@@ -42,6 +42,7 @@ class VideoModel(nn.Module):
     noun: ClassVar[str]
     part: ClassVar[str]
     kind: ClassVar[type]
+    frozen: ClassVar[tuple[str, ...]] = ("audio",)  # other parts that a model may have, in folders of these names
     packer: Preparing
 
     def __init__(
@@ -146,13 +147,14 @@ class VideoModel(nn.Module):
         return Given(shape, captions, fps=self.fps)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
-        """Writes `tokenizer/`, `audio/`, the trained part, `text.model` and, last, `config.json`. Tokenizers keep their
-        own precision, so that their tokens stay those that the part was trained on. Of a T5 encoder only the place is
-        written."""
+        """Writes `tokenizer/`, other parts such as `audio/`, the trained part, `text.model` and, last, `config.json`.
+        Tokenizers keep their own precision, so that their tokens stay those that the part was trained on. Of a T5
+        encoder only the place is written."""
         folder = Path(folder)
         store.save(self.tokenizer, folder / "tokenizer")
-        if self.audio is not None:
-            store.save(self.audio, folder / "audio")
+        others = {name: part for name in self.frozen if (part := getattr(self, name)) is not None}
+        for name, part in others.items():
+            store.save(part, folder / name)
         store.save(self.trained, folder / self.part, dtype)
         if isinstance(self.text, SentencePieceText):
             with whole_file(folder / "text.model") as part:
@@ -165,8 +167,7 @@ class VideoModel(nn.Module):
             "sampling": store.describe(self.sampling),
             "notes": notes or {},
         }
-        if self.audio is not None:
-            config["audio"] = store.fingerprint(self.audio)
+        config |= {name: store.fingerprint(part) for name, part in others.items()}
         if self.formats is not None:
             config["formats"] = store.describe(self.formats)
         if isinstance(self.text, T5Text):
@@ -180,7 +181,7 @@ class VideoModel(nn.Module):
         folder = Path(folder)
         config = store.read_json(folder / "config.json")
         tokenizer = cls._tokenizer(folder, "tokenizer", config)
-        more = {"audio": cls._tokenizer(folder, "audio", config)} if "audio" in config else {}
+        more = {name: cls._tokenizer(folder, name, config) for name in cls.frozen if name in config}
         try:
             tasks, shape, fps = store.build(config["tasks"]), tuple(config["shape"]), float(config["fps"])
             sampling = config["sampling"]

@@ -26,19 +26,26 @@ class Cache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.columns = shape[2]
         self.length = 0
+        self.aside = 0  # columns that blocks attend to apart from the sequence, and what each is told of them
+        self.told: list[tuple[Tensor, Tensor]] = []
         self.places = torch.empty(
             0, 3, dtype=torch.long, device=device
         )  # of the columns, where attention asks for them
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new columns `(B, kv_heads, L, D)` of one layer; returns all columns up to and with them."""
-        start, stop = self.length, self.length + keys.shape[2]
+        start, stop = self.filled, self.filled + keys.shape[2]
         if stop > self.columns:
             raise ValueError(f"the cache has room for {self.columns} columns; {stop} are needed")
         kept = self.keys[layer], self.values[layer]
         for old, new in zip(kept, (keys, values), strict=True):
             old[:, :, start:stop] = new
         return kept[0][:, :, :stop], kept[1][:, :, :stop]
+
+    @property
+    def filled(self) -> int:
+        """Columns that keys and values are kept of."""
+        return max(self.length - self.aside, 0)
 
     def advance(self, columns: int) -> None:
         """Counts the columns that all layers have now written."""

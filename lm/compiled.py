@@ -41,8 +41,8 @@ class Passes:
     """
 
     def __init__(self, transformer: Transformer, backend: str = "inductor") -> None:
-        if transformer.layout is not None:
-            raise ValueError("passes with lm.layout are not of one shape; leave compile=true out")
+        if transformer.layout is not None or transformer.cross_attention:
+            raise ValueError("passes with lm.layout or lm.cross_attention are not compiled; leave compile=true out")
         self.transformer = transformer
         graphs = backend == "inductor" and next(transformer.parameters()).is_cuda
         options = {"mode": "reduce-overhead"} if graphs else {}

@@ -26,7 +26,8 @@ SCHEDULES: dict[str, Callable[[Tensor, int], Tensor]] = {  # share that is hidde
 }
 
 
-def _check_schedule(schedule: str) -> None:
+def check_schedule(schedule: str) -> None:
+    """ValueError where there is no such schedule."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}; got {schedule}")
 
@@ -66,7 +67,7 @@ class MaskedSampling(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_schedule(self.schedule)
+        check_schedule(self.schedule)
         if self.steps < 1:
             raise ValueError(f"steps is 1 or more; got {self.steps}")
         if self.noise < 0 or (self.final_temperature or 0) < 0:
@@ -94,6 +95,8 @@ class Masked(nn.Module):
         least: smallest share that is hidden (Genie: 0.5).
         whole_frames: share of the samples in which whole latent frames are hidden (MMVG).
         refine, reconstruct: weights of these losses beside that of the masked tokens; reconstruct may be 0.
+        actions: number of actions that may lead to a frame, the vector of which is added to those of its tokens
+            (Genie); 0: there are none.
     """
 
     def __init__(
@@ -106,9 +109,10 @@ class Masked(nn.Module):
         whole_frames: float = 0.0,
         refine: float = 1.0,
         reconstruct: float = 1.0,
+        actions: int = 0,
     ) -> None:
         super().__init__()
-        _check_schedule(schedule)
+        check_schedule(schedule)
         if not (0 <= least <= 1 and 0 <= whole_frames <= 1):
             raise ValueError(f"least and whole_frames lie in [0, 1]; got {least} and {whole_frames}")
         if refine <= 0 or reconstruct < 0:
@@ -116,6 +120,10 @@ class Masked(nn.Module):
         self.vocabulary, self.width, self.schedule, self.least = vocabulary, width, schedule, least
         self.whole_frames, self.refine, self.reconstruct = whole_frames, refine, reconstruct
         self.codes = codes if isinstance(codes, Head) else codes(vocabulary=vocabulary, width=width)
+        self.actions, self.acts = actions, None
+        if actions:
+            self.acts = nn.Embedding(actions, width)
+            nn.init.normal_(self.acts.weight, std=0.02)
         self.condition = nn.Parameter(torch.randn(width) * 0.02)  # tells a condition from a token that is certain
 
     @property
@@ -131,8 +139,12 @@ class Masked(nn.Module):
         return self.codes.embed(ids)
 
     def vectors(self, sequence: Sequence) -> Tensor:
-        """Vectors `(B, L, width)` of a sequence's ids, those of conditions marked."""
+        """Vectors `(B, L, width)` of a sequence's ids, with those of their actions, those of conditions marked."""
         x = self.embed(sequence.ids)
+        if sequence.actions is not None:
+            if self.acts is None:
+                raise ValueError("the sequence has actions but the head no vectors for them; set head.actions")
+            x = x + (sequence.actions >= 0)[..., None] * self.acts(sequence.actions.clamp_min(0))
         if sequence.interior is None:
             return x
         return x + (sequence.interior != MASK)[..., None] * self.condition

@@ -22,7 +22,7 @@ def in_one_row(parts: Many[Sequence]) -> Sequence:
     """All rows of all batches as the segments of one row; rows of the same batch stay together, as they are cheaper."""
     segments = tuple((part.length, part.prefix) for part in parts for _ in range(len(part)))
     tensors = {}
-    for name in (f.name for f in fields(Sequence) if f.name not in ("prefix", "segments")):
+    for name in (f.name for f in fields(Sequence) if f.name not in ("prefix", "text", "segments")):
         values = [getattr(part, name) for part in parts]
         absent = [value is None for value in values]
         if any(absent) and not all(absent):

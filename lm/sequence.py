@@ -32,6 +32,10 @@ class Sequence:
         the id is hidden; `<mask>` where nothing is known. None: nothing is anywhere.
     latents: `(B, L, D)` float: the continuous tokens of the columns whose id is `Special.latent`, 0 elsewhere. None:
         there are none.
+    actions: `(B, L)` int64: for a masked head, the number of the action that leads to the frame of a column, -1 where
+        none does. None: none does anywhere.
+    text: first column of the prompt and the one after its last, the same in all rows, for transformers that attend to
+        it apart from the sequence. None: there is no prompt, or it is not told which columns it has.
     segments: columns and prefix of each sequence of a packed row (packed.py), which is the only row; `prefix` is then
         0. None: each row is one sequence.
     """
@@ -45,6 +49,8 @@ class Sequence:
     context_mask: Tensor | None = None
     interior: Tensor | None = None
     latents: Tensor | None = None
+    actions: Tensor | None = None
+    text: tuple[int, int] | None = None
     segments: Segments | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +97,17 @@ class Sequence:
             loss=None,
         )
 
+    def without_text(self) -> Sequence:
+        """Where the columns are without those of the prompt; it has no more to be filled in or predicted."""
+        start, stop = self.text
+
+        def rest(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :start], x[:, stop:]], 1)
+
+        ids, positions, following = map(rest, (self.ids, self.positions, self.next_positions))
+        prefix = self.prefix - max(min(stop, self.prefix) - start, 0)
+        return Sequence(ids, positions, prefix, next_positions=following)
+
     def to(self, *args, **kwargs) -> Sequence:
         """The same sequence with its tensors moved; a dtype applies to context and latents only."""
 
@@ -114,13 +131,13 @@ class Sequence:
         """One batch from several of the same length and prefix."""
         first = parts[0]
         for part in parts[1:]:
-            if (part.length, part.prefix) != (first.length, first.prefix):
+            if (part.length, part.prefix, part.text) != (first.length, first.prefix, first.text):
                 raise ValueError(
                     f"sequences of one batch differ: {first.length} columns with a prefix of {first.prefix}, "
                     f"{part.length} with {part.prefix}; fill the shorter text with <pad>"
                 )
         tensors = {}
-        for name in (f.name for f in fields(Sequence) if f.name not in ("prefix", "segments")):
+        for name in (f.name for f in fields(Sequence) if f.name not in ("prefix", "text", "segments")):
             values = [getattr(part, name) for part in parts]
             absent = [value is None for value in values]
             if any(absent) and not all(absent):

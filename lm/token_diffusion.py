@@ -1,8 +1,9 @@
 """A head for continuous tokens: each is denoised by itself, under what the transformer says of it.
 
 "Autoregressive Image Generation without Vector Quantization" (MAR, arXiv:2406.11838), here in the order of next-token
-prediction. Noise comes and goes by a cosine, `x_t = cos(pi t / 2) x + sin(pi t / 2) noise`, and the network predicts
-the velocity (arXiv:2202.00512, section 4) rather than the noise, which says nothing where there is nothing else.
+prediction; masked_diffusion.py has the masked order. Noise comes and goes by a cosine,
+`x_t = cos(pi t / 2) x + sin(pi t / 2) noise`, and the network predicts the velocity (arXiv:2202.00512, section 4)
+rather than the noise, which says nothing where there is nothing else.
 """
 
 from __future__ import annotations
@@ -153,10 +154,13 @@ class TokenDiffusion(nn.Module):
             latents: `(B, L, D)`. mask: `(B, L)` bool: which of them are to be predicted.
         """
         chosen = mask[:, 1:]
-        told = hidden[:, :-1][chosen].repeat(self.repeats, 1)
-        clean = latents[:, 1:][chosen].repeat(self.repeats, 1)
+        return self.denoising(hidden[:, :-1][chosen], latents[:, 1:][chosen])
+
+    def denoising(self, told: Tensor, clean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of tokens `(N, D)` under hidden states `(N, width)`."""
         if not len(clean):
             raise ValueError("no token of this batch is to be predicted; its loss mask is empty")
+        told, clean = told.repeat(self.repeats, 1), clean.repeat(self.repeats, 1)
         noise, time = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
         share, rest = (part[:, None] for part in cosines(time))
         velocity = self.denoiser(share * clean + rest * noise, time, told)

@@ -1,7 +1,7 @@
 """A decoder-only transformer over vectors. What ids mean, going in and coming out, is the head's matter (heads.py).
 
 Pre-norm blocks with RMSNorm, SwiGLU, grouped-query attention and QK-norm, as in Qwen3 (arXiv:2505.09388); rotary
-positions (arXiv:2104.09864) over one axis or over time, row and column.
+positions (rotary.py).
 """
 
 from __future__ import annotations
@@ -15,45 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from reelm.lm.attention import CHOICES, attention
 from reelm.lm.cache import Cache
+from reelm.lm.cross_attention import CrossAttention, Told
 from reelm.lm.layouts import Layout, View
 from reelm.lm.linear import Linear
 from reelm.lm.norm import RMSNorm, rms_norm
 from reelm.lm.packed import Packed, tables
+from reelm.lm.rotary import Rotary, rotate
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special
-
-
-class Rotary(nn.Module):
-    """Rotary tables from positions, which are data.
-
-    Args:
-        dimension: size of a head; even.
-        axes: 1 counts columns; 3 gives each of time, row and column its share of the dimensions.
-        theta: the slowest pair turns about once in 2 pi theta places.
-    """
-
-    axis: Tensor
-    frequency: Tensor
-
-    def __init__(self, dimension: int, axes: int, theta: float) -> None:
-        super().__init__()
-        pairs = dimension // 2
-        shares = [pairs] if axes == 1 else [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
-        axis = torch.cat([torch.full((share,), i) for i, share in enumerate(shares)])
-        frequency = torch.cat([theta ** -(torch.arange(share) / share) for share in shares])
-        self.register_buffer("axis", axis, persistent=False)
-        self.register_buffer("frequency", frequency, persistent=False)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines `(B, L, 1, D)` float32 of positions `(B, L, axes)`."""
-        angles = positions.float()[..., self.axis] * self.frequency
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], -1).unsqueeze(2), torch.cat([-sin, sin], -1).unsqueeze(2)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of `x (B, L, heads, D)`; `sin` has the minus of the first half in it."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -105,11 +74,13 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, attention: Attention, mlp: SwiGLU, width: int, dropout: float) -> None:
+    def __init__(
+        self, attention: Attention, mlp: SwiGLU, width: int, dropout: float, cross: CrossAttention | None = None
+    ) -> None:
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(width), attention
         self.mlp_norm, self.mlp = RMSNorm(width), mlp
-        self.dropout = dropout
+        self.dropout, self.cross = dropout, cross
 
     def forward(
         self,
@@ -120,10 +91,15 @@ class Block(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
         view: View | None = None,
+        told: Told | None = None,
     ) -> Tensor:
         x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, prefix, cache, layer, view))
-        x = x + self._drop(self.mlp(self.mlp_norm(x)))
-        return x
+        return self._rest(x, told)
+
+    def _rest(self, x: Tensor, told: Told | None) -> Tensor:
+        if told is not None:
+            x = x + self._drop(self.cross(x, told))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
@@ -135,8 +111,16 @@ class DualBlock(Block):
     With a gate of 0, as it begins, it is the block of an image model, whose weights it takes by the same names.
     """
 
-    def __init__(self, attention: Attention, temporal: Attention, mlp: SwiGLU, width: int, dropout: float) -> None:
-        super().__init__(attention, mlp, width, dropout)
+    def __init__(
+        self,
+        attention: Attention,
+        temporal: Attention,
+        mlp: SwiGLU,
+        width: int,
+        dropout: float,
+        cross: CrossAttention | None = None,
+    ) -> None:
+        super().__init__(attention, mlp, width, dropout, cross)
         self.temporal = temporal
         self.gate = nn.Parameter(torch.zeros(width))
 
@@ -148,12 +132,13 @@ class DualBlock(Block):
         cache: Cache | None,
         layer: int,
         views: list[View],
+        told: Told | None = None,
     ) -> Tensor:
         y = self.attention_norm(x)
         first = self.attention(y, *turns[0], prefix, cache, 2 * layer, views[0])
         second = self.temporal(y, *turns[1], prefix, cache, 2 * layer + 1, views[1])
         x = x + self._drop(torch.lerp(first, second, self.gate.to(first.dtype)))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+        return self._rest(x, told)
 
 
 class Sites(nn.Module):
@@ -198,6 +183,8 @@ class Transformer(nn.Module):
         context_width: size of embedded context vectors that are projected into `Special.text` columns; 0: none.
         layout: which tokens of the grid see each other (layouts.py), all rows of a batch having the same places; None:
             all, as far as the prefix and the order allow.
+        cross_attention: the columns of the prompt (`Sequence.text`) are no part of the sequence; each block attends to
+            their vectors instead (Phenaki).
     """
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
@@ -217,6 +204,7 @@ class Transformer(nn.Module):
         attention: str = "auto",
         context_width: int = 0,
         layout: Layout | None = None,
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
         if width % heads or width // heads % 2:
@@ -233,6 +221,8 @@ class Transformer(nn.Module):
         self.mlp_ratio, self.rope, self.theta, self.dropout = mlp_ratio, rope, theta, dropout
         self.sites = tuple(sites) if sites else None
         self.attention, self.context_width, self.layout = attention, context_width, layout
+        self.cross_attention = cross_attention
+        self._axes = slice(0, 3) if rope == "3d" else slice(2, 3)  # that tell words apart
         head_width, hidden = width // heads, -int(-width * mlp_ratio // 64) * 64
         self.rotary = Rotary(head_width, 1 if rope == "1d" else 3, theta)
         self.site_tables = Sites(sites, width) if sites else None
@@ -244,9 +234,11 @@ class Transformer(nn.Module):
 
         def block() -> Block:
             each = (Attention(width, heads, kv_heads or heads, head_width, attention) for _ in range(1 + self.dual))
-            return kind(*each, SwiGLU(width, hidden), width, dropout)
+            cross = CrossAttention(width, heads, kv_heads or heads, head_width) if cross_attention else None
+            return kind(*each, SwiGLU(width, hidden), width, dropout, cross)
 
         self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.text_norm = RMSNorm(width) if cross_attention else None
         self.norm = RMSNorm(width)
         self._initialize()
 
@@ -259,6 +251,8 @@ class Transformer(nn.Module):
         for block in self.blocks:  # each block begins as the identity (a second attention waits behind its gate)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.out.weight)
+            if block.cross is not None:
+                nn.init.zeros_(block.cross.out.weight)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
         """Hidden states `(B, L, width)`; those of column i predict the token of column i + 1.
@@ -275,7 +269,10 @@ class Transformer(nn.Module):
             x = x + self.site_tables(_untimed(places) if self.dual else places)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        seen = cache.length if cache is not None else 0
+        told, aside = [None] * self.depth, sequence.text if self.cross_attention else None
+        if self.cross_attention:
+            told, x, sequence = self._set_aside(x, sequence, cache)
+        seen = cache.filled if cache is not None else 0
         if self.rope == "3d":
             cos, sin = self.rotary(sequence.positions)
         else:
@@ -287,14 +284,32 @@ class Transformer(nn.Module):
         turns = [self.rotary(_untimed(sequence.positions)), (cos, sin)] if self.dual else []
         for layer, block in enumerate(self.blocks):
             if self.dual:
-                arguments = (x, turns, sequence.prefix, cache, layer, views)
+                arguments = (x, turns, sequence.prefix, cache, layer, views, told[layer])
             else:
-                arguments = (x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)])
+                arguments = (x, cos, sin, sequence.prefix, cache, layer, views[layer % len(views)], told[layer])
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
+        x = self.norm(x)
+        if aside is not None:  # their hidden states are asked for by nobody
+            nothing = x.new_zeros(len(x), aside[1] - aside[0], self.width)
+            x = torch.cat([x[:, : aside[0]], nothing, x[:, aside[0] :]], 1)
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.norm(x)
+        return x
+
+    def _set_aside(
+        self, x: Tensor, sequence: Sequence, cache: Cache | None
+    ) -> tuple[list[Told | None], Tensor, Sequence]:
+        """What each block is told of the prompt (with a cache, also in later passes), and vectors and sequence without
+        its columns."""
+        if sequence.text is None:
+            return (cache.told if cache is not None and cache.told else [None] * self.depth), x, sequence
+        start, stop = sequence.text
+        text, turns = self.text_norm(x[:, start:stop]), self.rotary(sequence.positions[:, start:stop, self._axes])
+        told = [block.cross.tell(text, *turns) for block in self.blocks]
+        if cache is not None:
+            cache.told, cache.aside = told, stop - start
+        return told, torch.cat([x[:, :start], x[:, stop:]], 1), sequence.without_text()
 
     def _views(self, sequence: Sequence, cache: Cache | None) -> list[View | None]:
         """The attention of each rule of the layout."""
@@ -308,7 +323,7 @@ class Transformer(nn.Module):
         if keys.device.type == "cpu" and (sequence.positions != keys).any():
             raise ValueError("with lm.layout all rows of a batch have the same positions; these differ")
         if cache is not None:
-            keys = cache.places = torch.cat([cache.places[: cache.length], keys])
+            keys = cache.places = torch.cat([cache.places[: cache.filled], keys])
         return self.layout.views(sequence.next_positions[0], keys, sequence.prefix, self.attention)
 
     def _place_context(self, x: Tensor, sequence: Sequence) -> Tensor:

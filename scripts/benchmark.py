@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 
 from reelm.engine import benchmark_decode, benchmark_gpu, benchmark_train, tokenizer_benchmark
 from reelm.engine.benchmark import SUITES, Settings, random_model, run
+from reelm.engine.loading import load
 from reelm.engine.tokenizer_benchmark import Peers
-from reelm.engine.video_lm import load
 from reelm.scripts.common import program
 
 

@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from reelm.engine.encoding import Encoding, encode
-from reelm.engine.video_lm import load_tokenizer
+from reelm.engine.loading import load_tokenizer
 from reelm.scripts.common import program
 
 

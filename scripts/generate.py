@@ -16,6 +16,7 @@ def main(cfg: DictConfig) -> None:
     job = Job(
         cfg.model, task, inputs, cfg.output, cfg.seconds, cfg.frames, cfg.samples, cfg.seed, cfg.keep_known,
         cfg.dtype, cfg.compile, cfg.tokens, settings["size"], cfg.fps, settings["chain"] or (),
+        settings["actions"], cfg.stages,
     )  # fmt: skip
     sampling = instantiate(cfg.sampler, _convert_="all")
     if isinstance(sampling, dict):  # changes of the model's own way

@@ -1,4 +1,5 @@
-"""Tasks in which whole frames are known: image to video, continuation both ways, interpolation, connection, loops."""
+"""Tasks in which whole frames are known: image to video, continuation both ways, interpolation, connection,
+key frames, loops."""
 
 from __future__ import annotations
 
@@ -54,6 +55,25 @@ class KnownFrames:
 
 def _one(lengths: list[int], generator: torch.Generator | None) -> int:
     return lengths[random_int(0, len(lengths) - 1, generator)]
+
+
+@dataclass(frozen=True)
+class KeyFrames:
+    """Every second frame is known, the first one among them (CogVideo, arXiv:2205.15868, section 3.1). Told at twice
+    the rate of what is known, those between are made."""
+
+    name: str = "key_frames"
+    marker: int = 0
+    frames: int | None = None
+    controls: tuple[str, ...] = ()
+
+    def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
+        if clip.frames < 3:
+            raise ValueError(f"{self.name} needs clips of 3 frames or more; got {clip.frames}")
+        known = torch.zeros(1, 1, clip.frames, 1, 1, dtype=torch.bool, device=clip.device)
+        known[:, :, 0 : 2 * ((clip.frames - 1) // 2) + 1 : 2] = True
+        video, known = mask_video(clip, known)
+        return Given((clip.frames, *clip.size), clip.captions, video, known, fps=clip.fps), clip
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Packer(Preparing):
         tokenizer: video tokenizer with `encode`, `grid`, `compression`.
         text: the text model.
         vocabulary: the language model's id space.
-        masked: for a masked head.
+        masked: for a masked head; one of latents is told what is known beyond the leading frames before the bar.
         continuous: the tokens are latents (`Sequence.latents`), whose ids say no more than that.
         formats: those that the model tells apart; None: it is told none.
         audio: the tokenizer of sound; None: the model knows none.
@@ -86,6 +86,7 @@ class Packer(Preparing):
         self.vocabulary, self.masked, self.formats = vocabulary, masked, formats
         self.sound = None if audio is None else SoundTokens(audio, vocabulary, tokenizer.compression[0])
         self.space = LatentSpace(tokenizer) if continuous else None
+        self.refines = masked and not continuous  # tokens of what is known stand in the places of those to make
 
     def _text(self, captions: tuple[str, ...], drop: Tensor, slots: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Ids `(B, slots)`, and vectors and their mask where the text model embeds the text itself."""
@@ -106,7 +107,7 @@ class Packer(Preparing):
         pieces = []
         if given.condition is not None:
             pieces.append(self._video_tokens(given.condition))
-        if self.masked or not self._knows_beyond(given, leading):
+        if self.refines or not self._knows_beyond(given, leading):
             return pieces
         frames = given.known[:, :, leading:].flatten(3)
         whole = frames.all(-1).all(0)[0]
@@ -136,7 +137,7 @@ class Packer(Preparing):
     def _interior(self, given: Given, leading: int) -> Tensor | None:
         """Ids of the whole grid `(B, N)`: tokens of what is known, <mask> elsewhere; None where no more is known than
         the leading frames."""
-        if not self.masked or not self._knows_beyond(given, leading):
+        if not self.refines or not self._knows_beyond(given, leading):
             return None
         missing = given.shape[0] - given.video.shape[2]
         video, known = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (given.video, given.known))
@@ -248,6 +249,7 @@ class Packer(Preparing):
             add_special(token, FORMAT_ROW + row)
         add_special(Special.bot_i, 2)
         column = torch.arange(text.shape[1], device=device)
+        first = sum(part.shape[1] for part in ids)
         add(text, torch.stack([torch.full_like(column, TEXT_TIME), torch.full_like(column, 3), column], -1))
         add_special(Special.eot_i, 4)
         conditions = self._conditions(given, used)
@@ -298,6 +300,8 @@ class Packer(Preparing):
             context_mask=context_mask,
             interior=interior,
             latents=torch.cat(points, 1) if points else None,
+            actions=self._actions(given, all_ids.shape[1], per_frame),
+            text=(first, first + text.shape[1]),
         )
 
     def pack_in_one_row(
@@ -317,6 +321,13 @@ class Packer(Preparing):
             tokens, heard = (None if t is None else t[rows] for t in (target, sound))
             parts.append(self.pack(given[rows], marker, tokens, drop[rows], count, heard))
         return in_one_row(parts)
+
+    def _actions(self, given: Given, length: int, per_frame: int) -> Tensor | None:
+        """The action of each column: the last ones are the clip's own."""
+        if given.actions is None:
+            return None
+        told = given.actions.to(self.tokenizer.device).repeat_interleave(per_frame, 1)
+        return F.pad(told, (length - told.shape[1], 0), value=-1)
 
     def _heard(self, given: Given) -> Tensor | None:
         """Codes of the sound that is known; ValueError where the model knows no sound."""

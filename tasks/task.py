@@ -23,6 +23,7 @@ class Given:
     known: `(B, 1, T, H, W)` bool, which pixels of `video` are known. The one convention for every task.
     condition: `(B, 3, T', H, W)` a video that says what to make without being part of it (depth and flow), or None.
     audio: `(B, C, N)` the sound that is known, from the beginning of the clip on, at `audio_rate` samples a second.
+    actions: `(B, n)` int64 latent actions, which lead to the last n latent frames of the clip. None: none are told.
     asks: what is to be made: ("video",), ("audio",) or ("video", "audio").
     """
 
@@ -35,6 +36,7 @@ class Given:
     audio: Tensor | None = None
     audio_rate: int | None = None
     asks: tuple[str, ...] = ("video",)
+    actions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)

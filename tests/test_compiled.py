@@ -77,7 +77,7 @@ def test_the_compiler_of_torch_makes_the_same_tokens():
 
 
 def test_what_cannot_be_compiled_is_one_line():
-    with pytest.raises(ValueError, match="lm.layout are not of one shape; leave compile=true out"):
+    with pytest.raises(ValueError, match="lm.layout or lm.cross_attention are not compiled; leave compile=true out"):
         Passes(Transformer(width=64, depth=3, heads=2, layout=Axial()))
     with pytest.raises(ValueError, match="dtype=int8 cannot be compiled on a CPU"):
         lighten(language_model(), "int8", compiled=True)

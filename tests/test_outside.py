@@ -19,9 +19,9 @@ from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import outside, store
 from reelm.engine.comparison import compare
 from reelm.engine.encoding import Encoding, encode
+from reelm.engine.loading import load_tokenizer
 from reelm.engine.outside import weight_files, weights_digest
 from reelm.engine.torchscript import TorchScript
-from reelm.engine.video_lm import load_tokenizer
 from reelm.tokenizers.streaming import decode_stream, encode_stream
 
 NEEDS = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")

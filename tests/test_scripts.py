@@ -17,9 +17,11 @@ from reelm.data.tokens import TokenShards
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine import store
+from reelm.engine.loading import load
 from reelm.engine.model_training import train_text
 from reelm.engine.video_diffusion import VideoDiffusion
-from reelm.engine.video_lm import VideoLM, load
+from reelm.engine.video_lm import VideoLM
+from reelm.lm.masked_diffusion import MaskedDenoising
 from reelm.lm.token_diffusion import TokenDenoising
 
 ROOT = Path(__file__).parents[1]
@@ -251,13 +253,14 @@ def test_a_model_that_denoises_is_trained_resumed_and_used(continuous, tmp_path)
     assert set(json.loads((tmp_path / "scores.json").read_text())["validation"]) == {"t2v", "inpainting"}
 
 
-def test_continuous_tokens_are_denoised_one_by_one(continuous, tmp_path):
+@pytest.mark.parametrize("head, kind", [("per_token_diffusion", TokenDenoising), ("mar", MaskedDenoising)])
+def test_continuous_tokens_are_denoised_one_by_one_or_in_masked_order(head, kind, continuous, tmp_path):
     common = (*LM, f"stage.tokenizer={continuous}/model", "task=i2v", f"output={tmp_path}", *TINY)
     small = ("data.train.size=32", "data.train.frames=5", "sampler.guidance=3")
-    assert program("train", "head=per_token_diffusion", *common, *small) == 0
+    assert program("train", f"head={head}", *common, *small) == 0
     assert "val/mse" in (tmp_path / "logs/metrics.csv").read_text()
     model = load(tmp_path / "model")
-    assert isinstance(model, VideoLM) and model.sampling == TokenDenoising(guidance=3)
+    assert isinstance(model, VideoLM) and model.sampling == kind(guidance=3)
     output = (
         "prompt=a star",
         "task=i2v",
@@ -265,6 +268,30 @@ def test_continuous_tokens_are_denoised_one_by_one(continuous, tmp_path):
         f"output={tmp_path}/a.gif",
     )
     assert program("generate", f"model={tmp_path}/model", "sampler.steps=1", *output) == 0
+
+
+def test_latent_actions_are_learned_and_clips_played_by_them(tokenizer, tmp_path, capsys):
+    small = ("data.train.size=32", "data.train.frames=5")
+    acts = ("stage=latent_actions", "latent_actions=tiny", "latent_actions.stride=4", f"output={tmp_path}/actions")
+    assert program("train", *acts, *small, *TINY) == 0
+    assert "val/dpsnr" in (tmp_path / "actions/logs/metrics.csv").read_text()
+    assert store.load(tmp_path / "actions/model").codes == 4
+    world = (*LM, "task=i2v", "head=masked", "sampler=masked", f"stage.tokenizer={tokenizer}/model", *small, *TINY)
+    folder = f"stage.actions={tmp_path}/actions/model"
+    assert program("train", *world, folder, f"output={tmp_path}/wrong") == 2
+    assert "the head knows 0 actions and the latent action model has 4" in capsys.readouterr().err
+    assert program("train", *world, folder, "head.actions=4", f"output={tmp_path}/world") == 0
+    picture = next((tmp_path / "world/samples").glob("*.png"))
+    play = (f"model={tmp_path}/world/model", f"image={picture}", "sampler.guidance=1", f"output={tmp_path}/a.gif")
+    assert program("generate", *play, "actions=[3]") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["actions"] == [3]
+    for wrong, message in (
+        ("[1,2]", "actions has 2 numbers; this clip takes 1, one for each latent frame to make"),
+        ("[4]", "actions are numbers from 0 to 3; got 4"),
+        ("left", "actions is a list of whole numbers such as [0,3,3]; got left"),
+    ):
+        assert program("generate", *play, f"actions={wrong}") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_codes_are_denoised_as_points_from_stored_tokens_too(tokenizer, tokens, tmp_path):

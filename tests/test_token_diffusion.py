@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from reelm.data.clip import Clip
-from reelm.engine.video_lm import VideoLM, load
+from reelm.engine.loading import load
+from reelm.engine.video_lm import VideoLM
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.sequence import Sequence

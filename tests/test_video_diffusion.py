@@ -14,9 +14,9 @@ from reelm.diffusion.solvers import Denoising
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs
 from reelm.engine.job import Job, run_job
+from reelm.engine.loading import load
 from reelm.engine.store import describe
 from reelm.engine.video_diffusion import VideoDiffusion
-from reelm.engine.video_lm import load
 from reelm.lm.sampling import Sampling
 from reelm.tasks.generation import Generation
 from reelm.tasks.known_frames import KnownFrames

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from reelm.engine.video_lm import VideoLM, load
+from reelm.engine.loading import load
+from reelm.engine.video_lm import VideoLM
 from reelm.lm.decoding import OneByOne
 from reelm.lm.heads import Categorical
 from reelm.lm.language_model import LanguageModel
