@@ -79,37 +79,40 @@ def step(model: VideoLM, lm: LanguageModel, tokens: int, sampling: Sampling) -> 
     return Arm(work, len(where), "passes/s")
 
 
-def peers(size: Transformer, tokens: int) -> dict[str, Arm]:
-    """`transformers` with the same weights as ours, as Qwen3 is shaped, greedy and without guidance."""
-    shape = {name: getattr(size, name) for name in ("width", "depth", "heads", "kv_heads", "mlp_ratio")}
+def peers(size: Transformer, tokens: int, name: str) -> dict[str, Arm]:
+    """`transformers` with the same weights as ours, as Qwen3 is shaped, greedy and without guidance; and the bare
+    linear layers. All names begin with `name`."""
+    shape = {part: getattr(size, part) for part in ("width", "depth", "heads", "kv_heads", "mlp_ratio")}
     vocabulary = Vocabulary(4096)
     head = Categorical(vocabulary, size.width, offset=0, size=vocabulary.size - 1)
     lm = LanguageModel(Transformer(**shape, rope="1d", sites=None), head).eval()
     for parameter in lm.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.05)
-    ids = torch.arange(300, 316)[None]
-    sequence = Sequence(ids, torch.zeros(1, 16, 3, dtype=torch.long), prefix=1)
+    ids = torch.tensor([[300]])
+    sequence = Sequence(ids, torch.zeros(1, 1, 3, dtype=torch.long), prefix=1)
     where = torch.zeros(tokens, 3, dtype=torch.long)
     options = {"max_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     arms, made = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         theirs = to_qwen3(lm).to(dtype)
-        name = f"transformers {str(dtype).removeprefix('torch.')}"
-        arms[name] = Arm(lambda theirs=theirs: theirs.generate(ids, **options), tokens, "tokens/s")
-        made[name] = arms[name].work()[:, 16:]
+        arm = f"{name}: transformers {str(dtype).removeprefix('torch.')}"
+        arms[arm] = Arm(lambda theirs=theirs: theirs.generate(ids, **options), tokens, "tokens/s")
+        made[dtype] = arms[arm].work()[:, 1:]
     for dtype in FORMATS:
         light = copy.deepcopy(lm)
         lighten(light, dtype)
         arguments = (light.transformer, light.head, sequence, where, Sampling(0.0))
-        arms[f"ours {dtype}"] = Arm(lambda arguments=arguments: generate(*arguments), tokens, "tokens/s")
-    if not torch.equal(made["transformers float32"], arms["ours float32"].work()):
+        arms[f"{name}: linear layers {dtype}"] = stack(light, 1)
+        arms[f"{name}: ours {dtype}"] = Arm(lambda arguments=arguments: generate(*arguments), tokens, "tokens/s")
+    if not torch.equal(made[torch.float32], arms[f"{name}: ours float32"].work()):
         raise RuntimeError("transformers and this model make other tokens of the same weights")
     return arms
 
 
-def costs(model: VideoLM, lms: dict[str, LanguageModel], settings: Settings) -> dict[str, Any]:
-    """What a pass costs: beside its linear layers, with and without guidance, beside `transformers`."""
+def costs(model: VideoLM, lms: dict[str, LanguageModel], larger: Transformer, settings: Settings) -> dict[str, Any]:
+    """What a pass costs: beside its linear layers, with and without guidance, beside `transformers`; and the same of a
+    larger transformer, whose weights take longer to read than all that is small takes to do."""
     tokens, rounds = (4, 3) if settings.quick else (32, settings.rounds)
     guided, alone = Sampling(top_p=0.95, guidance=2.0), Sampling(top_p=0.95)
     arms: dict[str, Arm] = {}
@@ -118,7 +121,9 @@ def costs(model: VideoLM, lms: dict[str, LanguageModel], settings: Settings) -> 
         arms[f"pass {dtype}"] = step(model, lm, tokens, guided)
         arms[f"pass without guidance {dtype}"] = step(model, lm, tokens, alone)
     arms["pass float32 again"] = step(model, lms["float32"], tokens, guided)
-    arms |= peers(lms["float32"].transformer, tokens)
+    sizes = {"box": lms["float32"].transformer, "larger": larger}
+    for name, size in sizes.items():
+        arms |= peers(size, tokens, name)
     measure(arms, rounds, settings.threads)
     rate = {name: arm.rate for name, arm in arms.items()}
 
@@ -126,17 +131,24 @@ def costs(model: VideoLM, lms: dict[str, LanguageModel], settings: Settings) -> 
         """The median of the ratios of the rounds."""
         return statistics.median(a / b for a, b in zip(arms[top].rates, arms[bottom].rates, strict=True))
 
-    theirs = max(("transformers float32", "transformers bfloat16"), key=rate.__getitem__)
-    ours = max((f"ours {dtype}" for dtype in FORMATS), key=rate.__getitem__)
+    best: dict[str, dict[str, float]] = {}
+    for name in sizes:
+        theirs = max((f"{name}: transformers {dtype}" for dtype in FORMATS[:2]), key=rate.__getitem__)
+        ours = max((f"{name}: ours {dtype}" for dtype in FORMATS), key=rate.__getitem__)
+        best[name] = {
+            "float32": ratio(f"{name}: ours float32", f"{name}: transformers float32"),
+            f"best ({ours.split()[-1]} over {theirs.split()[-1]})": ratio(ours, theirs),
+        }
     return {
         "rates": rate,
         "same_twice": ratio("pass float32 again", "pass float32"),
         "share_of_linear_layers": {d: ratio(f"pass {d}", f"linear layers {d}") for d in lms},
         "cost_of_guidance": {d: ratio(f"pass without guidance {d}", f"pass {d}") for d in lms},
-        "times_transformers": {
-            "float32": ratio("ours float32", "transformers float32"),
-            f"best ({ours} over {theirs})": ratio(ours, theirs),
+        "times_transformers": best,
+        "share_of_linear_layers_alone": {  # one row, no guidance, no sampling to speak of
+            name: {d: ratio(f"{name}: ours {d}", f"{name}: linear layers {d}") for d in FORMATS} for name in sizes
         },
+        "parameters": {name: sum(p.numel() for p in size.parameters()) for name, size in sizes.items()},
     }
 
 
@@ -193,8 +205,13 @@ def ways(model: VideoLM, lms: dict[str, LanguageModel], clips: int, threads: int
     return results
 
 
-def run(model: VideoLM, settings: Settings, clips: int, output: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Measures, prints the tables and writes them as JSON."""
+def run(
+    model: VideoLM, larger: Transformer, settings: Settings, clips: int, output: Path, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Measures, prints the tables and writes them as JSON.
+
+    larger: a transformer with random weights, of which the cost of a pass is measured too.
+    """
     torch.set_num_threads(settings.threads)
     clips = 1 if settings.quick else clips
     lms = {dtype: copy.deepcopy(model.lm) for dtype in FORMATS}
@@ -210,7 +227,7 @@ def run(model: VideoLM, settings: Settings, clips: int, output: Path, about: dic
         "load_average": list(os.getloadavg()),
         "parameters": sum(p.numel() for p in model.lm.parameters()),
         "fastest_format": fastest(model.lm),
-        "costs": costs(model, lms, settings),
+        "costs": costs(model, lms, larger, settings),
         "clips": clips,
         "ways": ways(model, lms, clips, settings.threads) if clips else {},
     }
@@ -231,8 +248,11 @@ def table(results: dict[str, Any]) -> str:
     for dtype, share in costs["share_of_linear_layers"].items():
         guidance = costs["cost_of_guidance"][dtype]
         lines.append(f"{dtype}: {share:.2f} of the bare linear layers; guidance costs {guidance:.2f} times")
-    for name, times in costs["times_transformers"].items():
-        lines.append(f"{times:.2f} times transformers' generate, {name}")
+    for size, kinds in costs["times_transformers"].items():
+        lines.append(f"{size}, {costs['parameters'][size] / 1e6:.1f} M parameters in the transformer, one row, greedy:")
+        lines += [f"  {times:.2f} times transformers' generate, {name}" for name, times in kinds.items()]
+        shares = costs["share_of_linear_layers_alone"][size].items()
+        lines.append("  " + ", ".join(f"{share:.2f} of the linear layers in {dtype}" for dtype, share in shares))
     lines.append(f"{'':38}{'passes':>8}{'fewer':>7}{'seconds':>9}{'faster':>8}{'right %':>9}{'same tokens %':>15}")
     for name, way in results["ways"].items():
         lines.append(

@@ -45,7 +45,8 @@ class Ear:
             ):
                 self._note(kind, heard, truth)
             if index < 12:
-                self.pictures.append((picture(_stereo(result.audio[i]).cpu(), rate, truth), target.captions[i]))
+                played, own = (_stereo(clip.audio[i]).cpu() for clip in (result, target))
+                self.pictures.append((picture(played, own, rate, truth), target.captions[i]))
 
     def _note(self, kind: str, heard: Hearing, truth: Hearing) -> None:
         counts = {name: count for name, count in score(heard, truth).items() if name in self.kept}

@@ -194,19 +194,23 @@ def _near(some: list[tuple[float, int, int]], others: list[tuple[float, int, int
     return sum(any(one[1:] == other[1:] and abs(one[0] - other[0]) <= within for other in others) for one in some)
 
 
-def picture(sound: Tensor, rate: int, true: Hearing, width: int = 420) -> Tensor:
+def picture(sound: Tensor, original: Tensor, rate: int, true: Hearing, width: int = 420) -> Tensor:
     """A sound over the truth, to look at: `(3, 1, 160, width)` in [-1, 1].
 
-    Above the waveform, left side upwards and right side downwards, with true bounces as red lines and heard ones as
-    yellow ones; below a lane for each pitch, lowest first: what is heard filled, the truth as a line.
+    Above the waveform, left side upwards and right side downwards, and as a blue outline that of the scene's own sound,
+    with true bounces as red lines and heard ones as yellow ones; below a lane for each pitch, lowest first: what is
+    heard filled, the truth as a line.
     """
     heard = hear(sound, rate)
     seconds, image = sound.shape[-1] / rate, np.full((160, width, 3), 20, np.uint8)
     columns = np.minimum((np.arange(width + 1) / width * sound.shape[-1]).astype(int), sound.shape[-1] - 1)
-    wave = np.abs(sound.detach().cpu().numpy())
+    waves = [np.abs(each.detach().cpu().numpy()).clip(0, 1) for each in (sound, original)]
     for x in range(width):
-        up, down = (int(32 * side[columns[x] : columns[x + 1] + 1].max()) for side in wave)
+        (up, down), (true_up, true_down) = (
+            [int(32 * side[columns[x] : columns[x + 1] + 1].max(initial=0)) for side in wave] for wave in waves
+        )
         image[32 - up : 33 + down, x] = 150
+        image[[32 - true_up, 32 + true_down], x] = (90, 150, 240)
     for clicks, colour, rows in (
         (true.clicks, (230, 60, 60), slice(0, 32)),
         (heard.clicks, (240, 220, 60), slice(33, 65)),

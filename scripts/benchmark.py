@@ -41,7 +41,8 @@ def main(cfg: DictConfig) -> None:
         model = random_model(data.train, instantiate(cfg.tokenizer), instantiate(cfg.lm), instantiate(cfg.head))
     about = {"model": cfg.model, "weights": weights}
     if cfg.suite == "decode":
-        benchmark_decode.run(model, settings, cfg.clips, Path(cfg.output), about)
+        larger = instantiate(cfg.lm if cfg.quick else cfg.larger)
+        benchmark_decode.run(model, larger, settings, cfg.clips, Path(cfg.output), about)
     elif cfg.suite == "train":
         benchmark_train.run(model, data, instantiate(cfg.task), settings, Path(cfg.output), about)
     else:

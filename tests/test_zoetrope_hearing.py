@@ -84,7 +84,8 @@ def test_other_lengths_and_rates_and_pictures():
         right == total
         for right, total in score(hear(sound(scene, 2.75, 24_000), 24_000), truth_of(scene, 2.75)).values()
     )
-    shown = picture(torch.from_numpy(sound(scene, 2.75)), 16_000, truth_of(scene, 2.75))
+    own = torch.from_numpy(sound(scene, 2.75))
+    shown = picture(own, own, 16_000, truth_of(scene, 2.75))
     assert shown.shape == (3, 1, 160, 420) and shown.min() >= -1 and shown.max() <= 1 and shown.std() > 0.05
     with pytest.raises(ValueError, match="hears one stereo sound"):
         hear(np.zeros((1, 100)))
