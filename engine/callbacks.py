@@ -254,13 +254,16 @@ class Progress(Callback):
         self.every = every
         self._time, self._step = 0.0, 0
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._time, self._step = time.monotonic(), trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         step = trainer.global_step
         if step % self.every == 0 and step != self._step and trainer.is_global_zero:
             now = time.monotonic()
-            rate = (step - self._step) / (now - self._time) if self._time else 0.0
+            rate = (step - self._step) / max(now - self._time, 1e-9)
             self._time, self._step = now, step
             values = {k.removeprefix("train/"): float(v) for k, v in trainer.callback_metrics.items()}
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
