@@ -106,7 +106,7 @@ def test_resume_is_exact(stage, workers, more, tokenizer, tmp_path):
         sources = {split: Zoetrope(split, length=40) for split in ("train", "validation")}
         model = store.load(tokenizer)
         encode([Encoding(source, model, tmp_path / split, {}, 8) for split, source in sources.items()], workers=0)
-        pixels = ("interpolation", "inpainting", "outpainting", "stylization")
+        pixels = "backward interpolation connection loop inpainting outpainting stylization".split()
         overrides += [f"data.root={tmp_path}", *(f"task.weights.{name}=0" for name in pixels)]
     status, straight = train(tmp_path / "straight", *overrides)
     assert status == 0 and [step for step, *_ in straight] == list(range(1, STEPS + 1))

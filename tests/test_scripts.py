@@ -537,7 +537,7 @@ def test_what_cannot_be_packed_is_told(tokenizer, tmp_path, capfd):
     given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", "stage.pack=true")
     for other in ("head=masked", "lm=pixelcnn"):
         assert program("train", *given, other) == 2
-        assert error_line(capfd).startswith("error: stage.pack=true is for transformers without lm.layout")
+        assert error_line(capfd).startswith("error: stage.pack=true is for transformers that go on, without lm.layout")
     assert program("train", *given, "stage.pack=false", "stage.checkpointing=true", "lm=pixelcnn") == 2
     assert "are for networks of blocks; PixelCNN has none" in error_line(capfd)
 
@@ -572,7 +572,8 @@ def test_ways_of_decoding_are_measured(tmp_path):
     output, small = tmp_path / "b.json", ("tokenizer=tiny", "lm=tiny", "data.train.size=[32,32]", "data.train.frames=5")
     assert program("benchmark", "suite=decode", "quick=true", "model=null", *small, f"output={output}") == 0
     results = json.loads(output.read_text())
-    assert not results["trustworthy"] and results["costs"]["times_transformers"]["float32"] > 0
+    assert not results["trustworthy"] and {"box", "larger"} == set(results["costs"]["parameters"])
+    assert all(results["costs"]["times_transformers"][size]["float32"] > 0 for size in ("box", "larger"))
     ways = results["ways"]
     assert ways["Jacobi (float32)"]["same_tokens"] == ways["one by one (float32) again"]["same_tokens"] == 1
     assert ways["Jacobi, at least 16 (float32)"]["passes"] <= ways["one by one (float32)"]["passes"] / 16 + 1
