@@ -50,6 +50,7 @@ class LMTraining(ModelTraining):
             draw ids, temperature and guidance hold for masked and for continuous tokens too.
         formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
+        level_weights: of the levels of sound in the loss (`AudioVisual`); None: all as the video.
         pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
             longest (lm/packed.py). Best with lm.attention=flash.
         actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
@@ -73,6 +74,7 @@ class LMTraining(ModelTraining):
         sampling: Sampling | TokenDenoising = Sampling(),
         formats: Sequence[Format] | None = None,
         audio: str | Path | None = None,
+        level_weights: Sequence[float] | None = None,
         pack: bool = False,
         actions: str | Path | None = None,
     ) -> None:
@@ -101,7 +103,7 @@ class LMTraining(ModelTraining):
         made = head(vocabulary=vocabulary, width=lm.width)
         if sound is not None:
             self.audio_hash = store.fingerprint(sound)
-            made = AudioVisual(vocabulary, lm.width, made, sound.levels)
+            made = AudioVisual(vocabulary, lm.width, made, sound.levels, level_weights)
         self.lm = LanguageModel(lm, made)
         self.measure = getattr(self.lm.head, "measure", "nll")
         if self.lm.head.size != vocabulary.visual:

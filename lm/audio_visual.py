@@ -50,15 +50,27 @@ class AudioVisual(nn.Module):
         vocabulary, width: as for all heads.
         visual: the head of video, or what makes it of vocabulary and width.
         levels: of the sound; the vocabulary's audio ids are divided among them.
+        weights: of an id of each level in the loss, beside 1 of an id of the video; one number for each, or None for 1
+            everywhere. Coarse levels say what is heard, fine ones are noise to a small model.
     """
 
-    def __init__(self, vocabulary: Vocabulary, width: int, visual: Head | Callable[..., Head], levels: int = 4) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        width: int,
+        visual: Head | Callable[..., Head],
+        levels: int = 4,
+        weights: tuple[float, ...] | None = None,
+    ) -> None:
         super().__init__()
         if levels < 1 or not vocabulary.audio or vocabulary.audio % levels:
             raise ValueError(
                 f"{vocabulary.audio} audio ids are not the same number of codes for each of {levels} levels"
             )
         self.vocabulary, self.width, self.levels = vocabulary, width, levels
+        self.weights = None if weights is None else tuple(weights)
+        if self.weights is not None and (len(self.weights) != levels or min(self.weights) <= 0):
+            raise ValueError(f"weights are {levels} numbers above 0, one for each level; got {list(weights)}")
         self.visual = visual if isinstance(visual, nn.Module) else visual(vocabulary=vocabulary, width=width)
         if not isinstance(self.visual, Head):
             raise ValueError(f"sound needs a head that predicts token by token; {type(self.visual).__name__} does not")
@@ -94,20 +106,23 @@ class AudioVisual(nn.Module):
     def loss(
         self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy over all ids to predict, whatever they are of; see `Head.loss`."""
-        losses, logged, weights = [], [], []
-        for part in (self.visual, *self.sound):
+        """Mean cross-entropy over all ids to predict, levels by their weights; see `Head.loss`. What is logged is
+        without weights."""
+        losses, logged, weights, scales = [], [], [], []
+        for part, scale in zip((self.visual, *self.sound), (1.0, *(self.weights or self.levels * (1.0,))), strict=True):
             mine = mask * ((ids >= part.offset) & (ids < part.offset + part.size))
             if mine[:, 1:].any():
                 loss, metrics = part.loss(hidden, ids, mine, label_smoothing)
                 losses.append(loss)
                 logged.append(metrics)
                 weights.append(mine[:, 1:].sum())
+                scales.append(scale)
         if not losses:
             raise ValueError("no id of this batch is to be predicted; its loss mask is empty")
         shares = torch.stack(weights) / torch.stack(weights).sum()
         mean = {name: (shares * torch.stack([each[name] for each in logged])).sum() for name in logged[0]}
-        return (shares * torch.stack(losses)).sum(), mean
+        scaled = shares * shares.new_tensor(scales)
+        return (scaled * torch.stack(losses)).sum() / scaled.sum(), mean
 
     def inflate(self, weights: dict[str, Tensor], name: str, small: nn.Module) -> None:
         """Takes the weights of a model without sound: its head is the one of video, its ids of text come after those

@@ -259,6 +259,17 @@ def test_each_id_is_predicted_by_its_part(visual):
     assert 0 <= metrics["accuracy"] <= 1
     weighted = made.loss(hidden, ids, mask.float() * torch.tensor([1, 0, 0, 2, 2, 2, 0, 0, 0]))[0]
     torch.testing.assert_close(weighted, made.sound[0].loss(hidden, ids, mask & (ids < 328) & (ids > 319))[0])
+    made.weights = (4.0, 2.0, 0.5)
+    scaled, plain = made.loss(hidden, ids, mask)
+    share = [1, 4, 2, 0.5]
+    each = [
+        part.loss(hidden, ids, mask & (ids >= part.offset) & (ids < part.offset + part.size))[0] for part, _ in parts
+    ]
+    counts = [scale * len(columns) for scale, (_, columns) in zip(share, parts, strict=True)]
+    torch.testing.assert_close(scaled, sum(c * one for c, one in zip(counts, each, strict=True)) / sum(counts))
+    torch.testing.assert_close(plain["nll"], metrics["nll"])
+    with pytest.raises(ValueError, match="weights are 3 numbers above 0, one for each level"):
+        AudioVisual(V, 12, visual, 3, (1, 1, 0))
     with pytest.raises(ValueError, match="its loss mask is empty"):
         made.loss(hidden, ids, torch.zeros_like(mask))
 
