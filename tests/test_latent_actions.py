@@ -183,8 +183,9 @@ def learn(model: nn.Module, loss, steps: int, lr: float) -> None:
 
 
 @pytest.mark.slow
-def test_genie_finds_the_directions_in_clips_alone():
-    """An action has one direction, and the actions of a clip foretell it better than random ones do."""
+def test_genie_finds_the_directions_in_clips_alone_and_is_played_by_them():
+    """An action has one direction, the actions of a clip foretell it better than random ones do, and a model that is
+    told them obeys."""
     actions = toy(decay=0.9).train()
 
     def naming() -> Tensor:
@@ -204,3 +205,19 @@ def test_genie_finds_the_directions_in_clips_alone():
         for told in (ids, torch.randint_like(ids, 4))
     )
     assert right - wrong > 0.5, (right, wrong)
+
+    named = {name: value.clone() for name, value in actions.state_dict().items()}
+    model = played(actions)
+    model.actions.load_state_dict(named)
+    model.actions.eval()
+    learn(model.lm.train(), lambda: model.loss(Clip(sprites(32)[0], 4.0, ("",) * 32), "i2v")[0], 800, 3e-3)
+    model.eval()
+    surest = MaskedSampling(steps=4, by_frame=True, temperature=0.0, noise=0.0, guidance=1.0)
+    video, ids = video[:64], ids[:64]
+    given = model.task("i2v").split(Clip(video, 4.0, ("",) * 64))[0]
+    other = (ids + torch.randint_like(ids, 1, 4)) % 4
+    right, wrong = (model.generate(given.replace(actions=acts), "i2v", surest).video for acts in (ids, other))
+    changed = (right - wrong)[:, :, 1].abs().amax((1, 2, 3)) > 1
+    assert changed.float().mean() > 0.9  # another action, another next frame
+    assert psnr(right, video).mean() - psnr(wrong, video).mean() > 3
+    assert ((right - video).abs().amax((1, 2, 3, 4)) < 1).float().mean() > 0.6  # the move that the action is named for
