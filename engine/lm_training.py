@@ -50,7 +50,7 @@ class LMTraining(ModelTraining):
             draw ids, temperature and guidance hold for masked and for continuous tokens too.
         formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
-        level_weights: of the levels of sound in the loss (`AudioVisual`); None: all as the video.
+        level_weights, onset: of the levels of sound, and of what each begins with, in the loss (`AudioVisual`).
         pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
             longest (lm/packed.py). Best with lm.attention=flash.
         actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
@@ -75,6 +75,7 @@ class LMTraining(ModelTraining):
         formats: Sequence[Format] | None = None,
         audio: str | Path | None = None,
         level_weights: Sequence[float] | None = None,
+        onset: float = 1.0,
         pack: bool = False,
         actions: str | Path | None = None,
     ) -> None:
@@ -103,7 +104,7 @@ class LMTraining(ModelTraining):
         made = head(vocabulary=vocabulary, width=lm.width)
         if sound is not None:
             self.audio_hash = store.fingerprint(sound)
-            made = AudioVisual(vocabulary, lm.width, made, sound.levels, level_weights)
+            made = AudioVisual(vocabulary, lm.width, made, sound.levels, level_weights, onset)
         self.lm = LanguageModel(lm, made)
         self.measure = getattr(self.lm.head, "measure", "nll")
         if self.lm.head.size != vocabulary.visual:

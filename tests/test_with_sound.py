@@ -268,6 +268,16 @@ def test_each_id_is_predicted_by_its_part(visual):
     counts = [scale * len(columns) for scale, (_, columns) in zip(share, parts, strict=True)]
     torch.testing.assert_close(scaled, sum(c * one for c, one in zip(counts, each, strict=True)) / sum(counts))
     torch.testing.assert_close(plain["nll"], metrics["nll"])
+    made.weights, made.onset = None, 5.0
+    begins = torch.zeros_like(mask)
+    begins[:, [3, 6, 8]] = True
+    ones = mask.float() + 4 * begins
+    each = [
+        (scale.sum(), part.loss(hidden, ids, scale)[0])
+        for part, scale in ((p, ones * ((ids >= p.offset) & (ids < p.offset + p.size))) for p, _ in parts)
+    ]
+    torch.testing.assert_close(made.loss(hidden, ids, mask)[0], sum(n * one for n, one in each) / ones.sum())
+    torch.testing.assert_close(made.loss(hidden, ids, mask)[1]["nll"], metrics["nll"])
     with pytest.raises(ValueError, match="weights are 3 numbers above 0, one for each level"):
         AudioVisual(V, 12, visual, 3, (1, 1, 0))
     with pytest.raises(ValueError, match="its loss mask is empty"):
