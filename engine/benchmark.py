@@ -210,6 +210,28 @@ def decode_arm(model: VideoLM, tokens: int) -> Arm:
     return Arm(decode, len(where), "tokens/s", float(weights * len(where)), "stream")
 
 
+def circumstances(settings: Settings) -> dict[str, Any]:
+    """Where and how was measured."""
+    return {
+        "suite": settings.suite,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "threads": settings.threads,
+        "clock": "processor time" if settings.threads == 1 else "wall time",
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def show(results: dict[str, Any], text: str, output: Path) -> dict[str, Any]:
+    """Prints a table and writes the results as JSON."""
+    print(text)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {output}")
+    return results
+
+
 def measure(arms: dict[str, Arm], rounds: int, threads: int) -> None:
     """Fills the arms' rates."""
     clock = time.thread_time if threads == 1 else time.perf_counter
@@ -241,13 +263,8 @@ def run(model: VideoLM, data: ClipData, settings: Settings, output: Path, about:
     again = arms["gemm fp32 again"].rate / arms["gemm fp32"].rate
     results: dict[str, Any] = {
         **about,
-        "suite": settings.suite,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "threads": settings.threads,
-        "clock": "processor time" if settings.threads == 1 else "wall time",
+        **circumstances(settings),
         "rounds": rounds,
-        "load_average": list(os.getloadavg()),
         "same_twice": again,
         "trustworthy": abs(again - 1) <= TOLERANCE and not quick,
         "parameters": sum(p.numel() for p in model.lm.parameters()),
@@ -267,12 +284,7 @@ def run(model: VideoLM, data: ClipData, settings: Settings, output: Path, about:
                 "share": arm.rate / arm.amount * arm.cost / arms[arm.ceiling].rate,
             }
         results["rates"][name] = entry
-    print(table(results, top))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
-    return results
+    return show(results, table(results, top), output)
 
 
 def table(results: dict[str, Any], ceilings: list[str]) -> str:

@@ -7,9 +7,6 @@ far the rest can be trusted.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass, field, replace
@@ -19,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from reelm.data.writing import whole_file
 from reelm.data.zoetrope.captions import Attributes, parse
 from reelm.data.zoetrope.dataset import Zoetrope
-from reelm.engine.benchmark import TOLERANCE, Arm, Settings, measure
+from reelm.engine.benchmark import TOLERANCE, Arm, Settings, circumstances, measure, show
 from reelm.engine.qwen3 import to_qwen3
 from reelm.engine.video_lm import VideoLM
 from reelm.evaluation.zoetrope_judge import Tally
@@ -219,12 +215,7 @@ def run(
         lighten(lm, dtype)
     results: dict[str, Any] = {
         **about,
-        "suite": "decode",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "threads": settings.threads,
-        "clock": "processor time" if settings.threads == 1 else "wall time",
-        "load_average": list(os.getloadavg()),
+        **circumstances(settings),
         "parameters": sum(p.numel() for p in model.lm.parameters()),
         "fastest_format": fastest(model.lm),
         "costs": costs(model, lms, larger, settings),
@@ -232,12 +223,7 @@ def run(
         "ways": ways(model, lms, clips, settings.threads) if clips else {},
     }
     results["trustworthy"] = abs(results["costs"]["same_twice"] - 1) <= TOLERANCE and not settings.quick
-    print(table(results))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
-    return results
+    return show(results, table(results), output)
 
 
 def table(results: dict[str, Any]) -> str:

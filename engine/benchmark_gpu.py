@@ -7,7 +7,6 @@ names of those that are missing.
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import statistics
 import time
@@ -20,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reelm.data.writing import whole_file
-from reelm.engine.benchmark import TOLERANCE, Settings
+from reelm.engine.benchmark import TOLERANCE, Settings, show
 from reelm.lm.attention import attention
 from reelm.lm.heads import Factorized
 from reelm.lm.language_model import LanguageModel
@@ -268,12 +266,7 @@ def run(settings: Settings, output: Path) -> dict[str, Any]:
         "figures": bench.figures,
         "missing": bench.missing,
     }
-    print(table(results))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
-    return results
+    return show(results, table(results), output)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -7,9 +7,7 @@ one arm twice.
 from __future__ import annotations
 
 import copy
-import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -22,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from reelm.data.module import Batch, ClipData, GroupedBatches, Requested, collate
-from reelm.data.writing import whole_file
 from reelm.engine import fit, store
-from reelm.engine.benchmark import TOLERANCE, Arm, Settings, ceilings, flops, measure
+from reelm.engine.benchmark import TOLERANCE, Arm, Settings, ceilings, circumstances, flops, measure, show
 from reelm.engine.benchmark_loop import STEPS, Place, bare_steps, beside_a_bare_loop, training
 from reelm.engine.lm_training import LMTraining
 from reelm.engine.optimisation import Optimisation
@@ -159,12 +156,7 @@ def run(
         one = next((b for b in reversed(batches) if b.clip.video.shape[2] > 1), batches[0])
         results: dict[str, Any] = {
             **about,
-            "suite": "train",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
-            "threads": settings.threads,
-            "clock": "processor time" if settings.threads == 1 else "wall time",
-            "load_average": list(os.getloadavg()),
+            **circumstances(settings),
             "parameters": sum(p.numel() for p in model.lm.parameters()),
             "tokens": share_of_tokens(module, looked_at),
             "loop": beside_a_bare_loop(model, data, task, Path(folder), batches, settings),
@@ -173,12 +165,7 @@ def run(
         }
     same = (results["loop"]["same_twice"], results["steps"]["same_twice"])
     results["trustworthy"] = all(abs(value - 1) <= TOLERANCE for value in same) and not quick
-    print(table(results))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
-    return results
+    return show(results, table(results), output)
 
 
 def _waiting(module: LMTraining, data: ClipData, steps: int) -> dict[str, float]:

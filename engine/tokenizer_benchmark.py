@@ -7,9 +7,6 @@ differ by more than 3 %, the row is void.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -23,9 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from reelm.data.writing import whole_file
 from reelm.engine import store
-from reelm.engine.benchmark import TOLERANCE, Settings, ceilings, measure
+from reelm.engine.benchmark import TOLERANCE, Settings, ceilings, circumstances, measure, show
 from reelm.engine.peers import PEERS, install, installed, matched, ours
 from reelm.engine.workers import DTYPES, SERVE, WORK, Shape, Timed, Worker
 
@@ -173,21 +169,12 @@ def run(models: dict[str, nn.Module], peers: Peers, settings: Settings, output: 
         measure(top, rounds, settings.threads)
     reports = [row.report() for row, _ in rows]
     results = {
-        "suite": "tokenizer",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__, "threads": settings.threads,
-        "clock": "processor time" if settings.threads == 1 else "wall time",
-        "load_average": list(os.getloadavg()), "seconds": time.time() - began,
+        **circumstances(settings), "seconds": time.time() - began,
         "trustworthy": not settings.quick and not any(report["void"] for report in reports),
         "ceilings": {name: {"rate": arm.rate, "unit": arm.unit} for name, arm in top.items()},
         "frames": FRAMES, "parameters": sizes, "rows": reports, "memory": memory,
     }  # fmt: skip
-    print(table(results))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
-    return results
+    return show(results, table(results), output)
 
 
 def table(results: dict[str, Any]) -> str:
