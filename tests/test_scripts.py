@@ -218,12 +218,30 @@ def test_weights_to_begin_with_must_fit(tokenizer, tmp_path, capfd):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_sweep_over_heads_gives_each_job_a_folder(tokenizer, tmp_path):
-    heads = ("head=factorized,chained", "head.bits=[6,6]")
-    common = ("task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}")
-    assert program("train", "-m", *LM, *heads, *common, *TINY) == 0
-    kinds = [json.loads((tmp_path / job / "model/lm/config.json").read_text()) for job in "01"]
-    assert [kind["model"]["head"]["_target_"].rpartition(".")[2] for kind in kinds] == ["Factorized", "Chained"]
+def test_the_jobs_of_a_sweep_have_folders_and_are_set_side_by_side(tokenizer, tmp_path, capfd):
+    common = ("task=t2v", "stage.text=400", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}/sweep")
+    small = ("denoiser=tiny", "data.train.size=32", "data.train.frames=5")
+    assert program("train", "-m", "head=factorized,chained,dit_flow", *common, *TINY, *small) == 0
+    heads = [json.loads((tmp_path / "sweep" / job / "model/lm/config.json").read_text()) for job in "01"]
+    assert [head["model"]["head"]["_target_"].rpartition(".")[2] for head in heads] == ["Factorized", "Chained"]
+
+    few = ("clips=2", "batch=2", "rounds=1", "splits=[validation]")
+    made = (f"output={tmp_path}/out.json", f"sheets={tmp_path}/sheets")
+    assert program("evaluate", "suite=sweep", f"model={tmp_path}/sweep", *few, *made) == 0
+    models = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert list(models) == ["Factorized", "Chained", "DiT, Flow"] and [m["folder"] for m in models.values()] == [*"012"]
+    assert models["DiT, Flow"]["passes"] == 32 and 1 < models["Factorized"]["passes"] <= 32  # of 2 x 4 x 4 tokens
+    for one in models.values():
+        assert one["steps"] == 2 and min(one["flops_a_clip"], one["seconds_a_step"], one["seconds_a_clip"]) > 0
+        assert set(one["scores"]["validation"]) >= {"generated", "ceiling", "judge", "chance"}
+    table = (tmp_path / "sheets" / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table if line.startswith("| ")] == [
+        "| head", "| Factorized", "| Chained", "| DiT, Flow", "| *ceiling*", "| *judge*", "| *chance*",
+    ]  # fmt: skip
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    assert (tmp_path / "sheets" / "dit_flow_validation.png").is_file()
+    assert program("evaluate", "suite=sweep", f"model={tokenizer}", *few, *made) == 2
+    assert "suite=sweep compares the models of a multirun" in error_line(capfd)
 
 
 @pytest.fixture(scope="module")
