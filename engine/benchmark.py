@@ -201,12 +201,12 @@ def decode_arm(model: VideoLM, tokens: int) -> Arm:
     sampling = Sampling(top_p=0.95, guidance=2.0)
 
     def decode() -> None:
-        generate(lm.transformer, lm.head, sequence, where, sampling, unprompted, seeded([0]))
+        generate(lm.transformer, lm.visual, sequence, where, sampling, unprompted, seeded([0]))
 
     tables = {id(m.weight) for m in lm.modules() if isinstance(m, nn.Embedding)}  # of which a few rows are read
     weights = sum(p.nbytes for p in lm.parameters() if id(p) not in tables)
-    if lm.head.tied:  # the tables score the visual ids too, and for that they are read as wholes
-        weights += 4 * lm.head.size_of_logits * lm.head.width
+    if lm.visual.tied:  # the tables score the visual ids too, and for that they are read as wholes
+        weights += 4 * lm.visual.size_of_logits * lm.visual.width
     return Arm(decode, len(where), "tokens/s", float(weights * len(where)), "stream")
 
 

@@ -70,7 +70,7 @@ def step(model: VideoLM, lm: LanguageModel, tokens: int, sampling: Sampling) -> 
     unprompted, where = model.packer.without_prompt(sequence), Tokens.positions(model.packer.grid(given))[:tokens]
 
     def work() -> None:
-        generate(lm.transformer, lm.head, sequence, where, sampling, unprompted, seeded([0]))
+        generate(lm.transformer, lm.visual, sequence, where, sampling, unprompted, seeded([0]))
 
     return Arm(work, len(where), "passes/s")
 

@@ -30,7 +30,7 @@ PROMPT = "a red star moves left while a blue circle bounces"
 def name_of(model: VideoModel) -> str:
     """The kind of head, or of denoiser and objective."""
     if isinstance(model, VideoLM):
-        return type(getattr(model.lm.head, "visual", model.lm.head)).__name__
+        return type(model.lm.visual).__name__
     return f"{type(model.diffusion.denoiser).__name__}, {type(model.diffusion.objective).__name__}"
 
 

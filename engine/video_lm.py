@@ -107,7 +107,7 @@ class VideoLM(VideoModel):
         codes[:, :skip] = self.lm.head.vocabulary.from_visual(known)
         there = torch.arange(len(where)) < skip
         yield codes.unflatten(1, grid), there
-        head = getattr(self.lm.head, "visual", self.lm.head)
+        head = self.lm.visual
         for numbers, ids in self._part(head, batch, batch.sequence, where[skip:], sampling):
             codes[:, numbers + skip] = self.lm.head.vocabulary.from_visual(ids)
             there[numbers.cpu() + skip] = True

@@ -23,6 +23,11 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the head is {head.width} wide, the transformer {transformer.width}; set both the same")
         self.transformer, self.head = transformer, head
 
+    @property
+    def visual(self) -> Head:
+        """The head of video: of a model with sound a part of its head."""
+        return getattr(self.head, "visual", self.head)
+
     def forward(self, sequence: Sequence) -> Tensor:
         """Hidden states `(B, L, width)`."""
         return self.transformer(self.head.vectors(sequence), sequence)

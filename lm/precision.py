@@ -54,7 +54,7 @@ PACKERS = {"bfloat16": _bfloat16, "int8": _int8}
 def _matrices(lm: LanguageModel) -> list[nn.Parameter]:
     """Those that vectors are multiplied with."""
     found = [module.weight for module in lm.modules() if isinstance(module, nn.Linear)]
-    head = getattr(lm.head, "codes", lm.head)  # a masked head predicts through another
+    head = getattr(lm.visual, "codes", lm.visual)  # a masked head predicts through another
     if getattr(head, "tied", False):
         tables = (m for m in head.modules() if isinstance(m, nn.Embedding) and m is not head.others)
         found += [table.weight for table in tables]
