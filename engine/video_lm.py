@@ -157,7 +157,7 @@ class VideoLM(VideoModel):
         """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing."""
         sampling = self._sampling(sampling, Sampling if self.packer.space is None else TokenDenoising)
         if isinstance(sampling, MaskedSampling | MaskedDenoising) and not self.packer.masked:
-            name, head = "masked" if self.packer.space is None else "masked_denoising", type(self.lm.head).__name__
+            name, head = "masked" if self.packer.space is None else "masked_denoising", type(self.lm.visual).__name__
             raise ValueError(f"sampler={name} needs a model with a masked head; this one's is {head}: leave it out")
         if isinstance(sampling, Sampling) and sampling.decoding is None and not self.packer.masked:
             return replace(sampling, decoding=Jacobi())
