@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reelm.lm.compiled import Passes
 from reelm.lm.heads import Head
-from reelm.lm.sampling import Generators, Sampling, exponential, guide, race
+from reelm.lm.sampling import Generators, Sampling, exponential, guide, race, with_twin
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 
@@ -42,15 +42,9 @@ class Run:
         self.transformer, self.head, self.sampling = transformer, head, sampling
         self.sequence = sequence.replace(loss=None)
         self.batch, self.steps, self.passes = len(sequence), positions.shape[-2], 0
-        self.copies = 1 if sampling.guidance == 1 else 2
-        parts = [self.sequence]
-        if self.copies == 2:
-            if unconditional is None:
-                raise ValueError(
-                    f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1"
-                )
-            parts.append(unconditional.replace(loss=None))
-        self.given: Sequence | None = Sequence.cat(parts)
+        twin = None if unconditional is None else unconditional.replace(loss=None)
+        self.given: Sequence | None = with_twin(self.sequence, twin, sampling.guidance)
+        self.copies = len(self.given) // self.batch
         self.positions = positions.expand(self.batch, self.steps, 3).repeat(self.copies, 1, 1)
         self.columns = sequence.length
         self.compiled: Passes | None = getattr(transformer, "passes", None)  # of VideoLM.lighten

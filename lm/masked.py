@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reelm.lm.heads import Head
-from reelm.lm.sampling import Generators, Sampling, exponential, guide, sample_logits
+from reelm.lm.sampling import Generators, Sampling, exponential, guide, sample_logits, with_twin
 from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import Special, Vocabulary
 
@@ -240,11 +240,8 @@ def fill(
     if not isinstance(sampling, MaskedSampling):
         sampling = MaskedSampling(**vars(sampling))
     batch, columns = len(sequence), sequence.loss[0].nonzero()[:, 0]
-    copies = 1 if sampling.guidance == 1 else 2
-    if copies == 2:
-        if unconditional is None:
-            raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
-        sequence = Sequence.cat([sequence, unconditional])
+    sequence = with_twin(sequence, unconditional, sampling.guidance)
+    copies = len(sequence) // batch
     hidden = sequence.loss.clone()
     sequence = sequence.replace(ids=torch.where(hidden, MASK, sequence.ids))
     times = sequence.positions[0, columns, 0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reelm.lm.masked import MASK, check_schedule, counts
-from reelm.lm.sampling import Generators
+from reelm.lm.sampling import Generators, with_twin
 from reelm.lm.sequence import Sequence
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion, normal
 from reelm.lm.vocabulary import Special, Vocabulary
@@ -113,11 +113,8 @@ def fill_latents(
     if not isinstance(sampling, MaskedDenoising):
         sampling = MaskedDenoising(**vars(sampling))
     batch, columns = len(sequence), sequence.loss[0].nonzero()[:, 0]
-    copies = 1 if sampling.guidance == 1 else 2
-    if copies == 2:
-        if unconditional is None:
-            raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
-        sequence = Sequence.cat([sequence, unconditional])
+    sequence = with_twin(sequence, unconditional, sampling.guidance)
+    copies = len(sequence) // batch
     device = sequence.ids.device
     order = columns[normal((batch, len(columns)), generator, device).argsort(-1)]
     hidden, latents = sequence.loss.clone(), sequence.latents.clone()

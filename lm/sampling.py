@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reelm.lm.sequence import Sequence
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 FEW = 64  # tokens among which those that reach top_p are looked for first
@@ -124,6 +126,16 @@ def sample_logits(
         return logits.argmax(-1)
     probabilities = truncated(logits, temperature, top_k, top_p)
     return race(probabilities, exponential(probabilities, generator))
+
+
+def with_twin(sequence: Sequence, unconditional: Sequence | None, guidance: float) -> Sequence:
+    """What guidance computes as one batch: a sequence, followed by its twin without the condition where guidance is
+    other than 1. ValueError where that is missing."""
+    if guidance == 1:
+        return sequence
+    if unconditional is None:
+        raise ValueError(f"guidance {guidance} needs a sequence without the condition; or set guidance=1")
+    return Sequence.cat([sequence, unconditional])
 
 
 def guide(logits: Tensor, scale: float | Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelm.lm.sampling import Generators
+from reelm.lm.sampling import Generators, with_twin
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Special, Vocabulary
@@ -209,12 +209,9 @@ def draw_latents(
     `(B, n, D)` of a run that was interrupted, which comes to the same end.
     """
     batch, steps = len(sequence), positions.shape[-2]
-    copies = 1 if sampling.guidance == 1 else 2
-    current = sequence.replace(loss=None)
-    if copies == 2:
-        if unconditional is None:
-            raise ValueError(f"guidance {sampling.guidance} needs a sequence without the condition; or set guidance=1")
-        current = Sequence.cat([current, unconditional.replace(loss=None)])
+    twin = None if unconditional is None else unconditional.replace(loss=None)
+    current = with_twin(sequence.replace(loss=None), twin, sampling.guidance)
+    copies = len(current) // batch
     positions = positions.expand(batch, steps, 3).repeat(copies, 1, 1)
     before = 0 if made is None else made.shape[1]
     done = [] if made is None else list(made.unbind(1))
