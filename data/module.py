@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,25 +91,30 @@ class Batch:
         return Batch(self.name, self.clip.to(*args, **kwargs))
 
 
-class Requested(Dataset):
-    """A dataset indexed by `Request`."""
+class Batches(Dataset):
+    """The batches of requests to a source, made when they are asked for.
 
-    def __init__(self, source: ClipSource) -> None:
-        self.source = source
+    requests: of each batch; what is worked out for it is worked out where the batch is made, in the loader's processes.
+    """
 
-    def __getitem__(self, request: Request) -> tuple[str, Clip]:
+    def __init__(self, source: ClipSource, requests: Sequence[list[Request]]) -> None:
+        self.source, self.requests = source, requests
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, number: int) -> Batch:
+        requests = self.requests[number]
+        return Batch(requests[0].group.name, Clip.stack([self._clip(request) for request in requests]))
+
+    def _clip(self, request: Request) -> Clip:
         group = request.group
         if group.sound is not None:
-            clip = self.source.sound(request.index, group.sound, frames=group.frames, draw=request.draw)
-            return group.name, clip
-        return group.name, self.source.get(request.index, draw=request.draw, **group.options())
+            return self.source.sound(request.index, group.sound, frames=group.frames, draw=request.draw)
+        return self.source.get(request.index, draw=request.draw, **group.options())
 
 
-def collate(samples: list[tuple[str, Clip]]) -> Batch:
-    return Batch(samples[0][0], Clip.stack([clip for _, clip in samples]))
-
-
-class GroupedBatches:
+class GroupedBatches(Sequence[list[Request]]):
     """Batches of one group and of similar caption length, each a pure function of (seed, step).
 
     A window of `WINDOW` batches is drawn at a time from one group, sorted by caption length and dealt out in random
@@ -136,12 +141,19 @@ class GroupedBatches:
         self.source, self.groups, self.batch_size, self.steps = source, tuple(groups), batch_size, steps
         self.seed, self.rank, self.ranks, self.length = seed, rank, ranks, length
         self._permutation: tuple[int, np.ndarray] | None = None
+        self._window: tuple[int, list[list[Request]]] | None = None  # the newest
 
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> _Position:
-        return _Position(self)
+    def __getitem__(self, step: int) -> list[Request]:
+        """The batch of a step, for this rank."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        number, offset = divmod(step, self.WINDOW)
+        if self._window is None or self._window[0] != number:
+            self._window = (number, self.window(number))
+        return self._window[1][offset]
 
     def _shuffled(self, position: int) -> tuple[int, int]:
         """The index at a position, and the pass it is of."""
@@ -165,29 +177,6 @@ class GroupedBatches:
         order = rng.permutation(self.WINDOW)
         batches = [clips[k * size : (k + 1) * size] for k in order]
         return [[Request(index, group, draw) for index, draw in batch[self.rank :: self.ranks]] for batch in batches]
-
-
-class _Position(Iterator):
-    """Where a pass over `GroupedBatches` stands; its state is the step."""
-
-    def __init__(self, batches: GroupedBatches) -> None:
-        self.batches, self.step = batches, 0
-        self._window: tuple[int, list[list[Request]]] | None = None
-
-    def __next__(self) -> list[Request]:
-        if self.step >= self.batches.steps:
-            raise StopIteration
-        number, offset = divmod(self.step, GroupedBatches.WINDOW)
-        if self._window is None or self._window[0] != number:
-            self._window = (number, self.batches.window(number))
-        self.step += 1
-        return self._window[1][offset]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 def in_turn(
@@ -251,9 +240,9 @@ class ClipData(L.LightningDataModule):
         self.validation_groups: Sequence[Group] | None = None
         self.text_length: Callable[[str], int] = len
 
-    def _loader(self, source: ClipSource, batches: Iterable[list[Request]], workers: int) -> StatefulDataLoader:
+    def _loader(self, source: ClipSource, requests: Sequence[list[Request]], workers: int) -> StatefulDataLoader:
         return StatefulDataLoader(
-            Requested(source), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+            Batches(source, requests), batch_size=None, num_workers=workers,
             prefetch_factor=4 if workers else None, persistent_workers=False,
             generator=torch.Generator(),  # so that making a loader draws nothing from the training's random numbers
         )  # fmt: skip

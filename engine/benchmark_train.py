@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelm.data.module import Batch, ClipData, GroupedBatches, Requested, collate
+from reelm.data.module import Batch, Batches, ClipData, GroupedBatches
 from reelm.engine import fit, store
 from reelm.engine.benchmark import TOLERANCE, Arm, Settings, ceilings, circumstances, flops, measure, show
 from reelm.engine.benchmark_loop import STEPS, Place, bare_steps, beside_a_bare_loop, training
@@ -37,9 +37,8 @@ def some_batches(data: ClipData, count: int) -> list[Batch]:
     """Batches from evenly spaced moments of a training."""
     order = GroupedBatches(data.train, data.groups, data.batch_size, STEPS, data.seed, length=data.text_length)
     windows = STEPS // WINDOW
-    asked = [order.window(windows * i // count)[i % WINDOW] for i in range(count)]
-    clips = Requested(data.train)
-    return [collate([clips[request] for request in requests]) for requests in asked]
+    made = Batches(data.train, order)
+    return [made[windows * i // count * WINDOW + i % WINDOW] for i in range(count)]
 
 
 def filled(sequence: Sequence) -> int:

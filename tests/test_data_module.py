@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from reelm.data.clip import Clip
-from reelm.data.module import Batch, ClipData, Group, GroupedBatches, Requested, in_turn
+from reelm.data.module import Batch, Batches, ClipData, Group, GroupedBatches, in_turn
 
 
 class Numbers(Dataset):
@@ -44,11 +44,8 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step():
     assert batches(steps=40) == first and batches(steps=40, seed=1) != first
     made = GroupedBatches(Numbers(), GROUPS, 4, 40)
     for step in (39, 3, 17):  # in any order, and from nothing but the step
-        position = iter(made)
-        position.load_state_dict({"step": step})
-        batch = next(position)
+        batch = made[step]
         assert (batch[0].group.name, [request.index for request in batch]) == first[step]
-        assert position.state_dict() == {"step": step + 1}
 
 
 def test_a_batch_is_of_one_group_and_its_size():
@@ -162,11 +159,8 @@ def test_loaders_carry_what_the_group_asks_for():
 
 def test_the_draw_reaches_the_source():
     source = Numbers(8)
-    batches = GroupedBatches(source, (Group("a"),), 4, steps=8)
-    requested = Requested(source)
-    for batch in batches:
-        for request in batch:
-            requested[request]
+    for batch in Batches(source, GroupedBatches(source, (Group("a"),), 4, steps=8)):
+        assert len(batch.clip) == 4
     assert Counter(source.draws) == {0: 8, 1: 8, 2: 8, 3: 8}
 
 
@@ -203,3 +197,11 @@ def test_training_goes_on_where_it_stopped(workers, stop):
     resumed = loaders(workers).train_dataloader()
     resumed.load_state_dict(state)
     assert [content(batch) for batch in islice(resumed, 14 - stop)] == whole[stop:]
+
+
+def test_what_a_batch_is_made_of_is_worked_out_by_the_loaders_process(monkeypatch):
+    data = loaders(1)
+    expected = [content(batch) for batch in islice(loaders(0).train_dataloader(), 6)]
+    loader = iter(data.train_dataloader())  # the process has begun
+    monkeypatch.setattr(Numbers, "caption", None)  # a call here would fail
+    assert [content(next(loader)) for _ in range(6)] == expected

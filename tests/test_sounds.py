@@ -11,7 +11,7 @@ import torch
 
 from reelm.data.clip import Clip
 from reelm.data.folder import SoundFolder, VideoFolder
-from reelm.data.module import Group, Request, Requested
+from reelm.data.module import Batches, Group, Request
 from reelm.data.reading import VideoError
 from reelm.data.sounds import SoundReader
 from reelm.data.tars import Tars
@@ -129,5 +129,5 @@ def test_zoetrope_sounds_without_being_drawn(monkeypatch):
 
 def test_a_group_asks_for_sound():
     group = Group("sound", sound=8_000, frames=5)
-    name, clip = Requested(Zoetrope(length=10))[Request(2, group)]
-    assert name == "sound" and clip.audio.shape == (1, 2, 5_000) and clip.audio_rate == 8_000
+    batch = Batches(Zoetrope(length=10), [[Request(2, group)]])[0]
+    assert batch.name == "sound" and batch.clip.audio.shape == (1, 2, 5_000) and batch.clip.audio_rate == 8_000

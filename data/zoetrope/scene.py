@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -188,6 +188,7 @@ def bounce_times(thing: Object, seconds: float) -> list[float]:
     return [(first + i) / thing.rate for i in range(max(count, 0))]
 
 
+@lru_cache(maxsize=1024)  # batches are first sorted by their captions, then drawn
 def sample_scene(
     seed: int,
     split: str,
@@ -196,7 +197,7 @@ def sample_scene(
     still: bool = False,
     seconds: float = 2.125,
     moving_camera: float = 0.45,
-    only: Sequence[str] = (),
+    only: tuple[str, ...] = (),
 ) -> Scene:
     """The scene numbered `index` of a split: the same arguments give the same scene on every machine.
 
