@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import permutations
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -342,21 +342,7 @@ class VideoFolder(Videos):
     The other arguments are those of `Videos`. With frames=1 pictures count too.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        frames: int = 17,
-        size: int | tuple[int, int] = 64,
-        fps: float | None = 8.0,
-        split: Split = "all",
-        held_out: float | Sequence[str] = 0.05,
-        clips_per_video: int = 1,
-        random: Sequence[Chance] = ("start",),
-        controls: Sequence[str] = (),
-        audio: bool = False,
-        remember: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str], frames: int = 17, **options: Any) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder of videos; check the path")
@@ -370,11 +356,7 @@ class VideoFolder(Videos):
                 for name in files
                 if name.lower().endswith(suffixes) and not name.startswith(".")
             ]
-        super().__init__(
-            sorted(found), str(root), frames=frames, size=size, fps=fps, split=split, held_out=held_out,
-            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, remember=remember,
-            seed=seed,
-        )  # fmt: skip
+        super().__init__(sorted(found), str(root), frames=frames, **options)
 
     def _source(self, number: int) -> AbstractContextManager[Source]:
         return nullcontext(self.root / self.keys[number])
@@ -397,29 +379,11 @@ class Manifest(Videos):
     arguments are those of `Videos`.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        frames: int = 17,
-        size: int | tuple[int, int] = 64,
-        fps: float | None = 8.0,
-        split: Split = "all",
-        held_out: float | Sequence[str] = 0.05,
-        clips_per_video: int = 1,
-        random: Sequence[Chance] = ("start",),
-        controls: Sequence[str] = (),
-        audio: bool = False,
-        remember: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
         self.root = Path(path).parent
         rows = _rows(Path(path))
         self.texts = [text for _, text in rows]
-        super().__init__(
-            [key for key, _ in rows], str(path), frames=frames, size=size, fps=fps, split=split, held_out=held_out,
-            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, remember=remember,
-            seed=seed,
-        )  # fmt: skip
+        super().__init__([key for key, _ in rows], str(path), **options)
 
     def _source(self, number: int) -> AbstractContextManager[Source]:
         key = self.keys[number]

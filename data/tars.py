@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from reelm.data import images
-from reelm.data.folder import SUFFIXES, TEXT_BYTES, Chance, Split, Videos, caption_of
+from reelm.data.folder import SUFFIXES, TEXT_BYTES, Videos, caption_of
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 TEXT_SUFFIXES = (".txt", ".json")  # in the order in which a caption is looked for
@@ -107,15 +108,7 @@ class Tars(Videos):
         self,
         root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         frames: int = 17,
-        size: int | tuple[int, int] = 64,
-        fps: float = 8.0,
-        split: Split = "all",
-        held_out: float | Sequence[str] = 0.05,
-        clips_per_video: int = 1,
-        random: Sequence[Chance] = ("start",),
-        controls: Sequence[str] = (),
-        audio: bool = False,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         suffixes = SUFFIXES + (images.SUFFIXES if frames == 1 else ())
         self.members: list[Member] = []
@@ -138,10 +131,7 @@ class Tars(Videos):
                 self.members.append(member)
                 self.texts.append(next(found, None))
         where = os.fspath(root) if isinstance(root, (str, os.PathLike)) else "the tars"
-        super().__init__(
-            keys, str(where), frames=frames, size=size, fps=fps, split=split, held_out=held_out,
-            clips_per_video=clips_per_video, random=random, controls=controls, audio=audio, seed=seed,
-        )  # fmt: skip
+        super().__init__(keys, str(where), frames=frames, **options)
 
     @contextmanager
     def _source(self, number: int):
