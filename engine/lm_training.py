@@ -24,6 +24,7 @@ from reelm.lm.masked_diffusion import MaskedDenoising, MaskedTokenDiffusion
 from reelm.lm.sampling import Sampling
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
 from reelm.lm.vocabulary import Vocabulary
+from reelm.lm.weighting import Weighting
 from reelm.tasks.formats import Format
 from reelm.tasks.task import Mixture, Task
 from reelm.tokenizers.latents import LatentSpace
@@ -50,7 +51,8 @@ class LMTraining(ModelTraining):
             draw ids, temperature and guidance hold for masked and for continuous tokens too.
         formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
-        level_weights, onset: of the levels of sound, and of what each begins with, in the loss (`AudioVisual`).
+        frame_weights, level_weights, onset: how much the codes of a clip's first latent frames, those of each level of
+            sound and the first of a sound count in the loss (`Weighting`).
         pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
             longest (lm/packed.py). Best with lm.attention=flash.
         actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
@@ -74,6 +76,7 @@ class LMTraining(ModelTraining):
         sampling: Sampling | TokenDenoising = Sampling(),
         formats: Sequence[Format] | None = None,
         audio: str | Path | None = None,
+        frame_weights: Sequence[float] | None = None,
         level_weights: Sequence[float] | None = None,
         onset: float = 1.0,
         pack: bool = False,
@@ -104,7 +107,12 @@ class LMTraining(ModelTraining):
         made = head(vocabulary=vocabulary, width=lm.width)
         if sound is not None:
             self.audio_hash = store.fingerprint(sound)
-            made = AudioVisual(vocabulary, lm.width, made, sound.levels, level_weights, onset)
+            made = AudioVisual(vocabulary, lm.width, made, sound.levels)
+        self.weighting = Weighting(tuple(frame_weights or ()), tuple(level_weights or ()), onset)
+        if continuous and frame_weights:
+            raise ValueError("stage.frame_weights is for heads of codes; leave it out with continuous tokens")
+        if sound is not None:
+            self.weighting.check(sound.levels)
         self.lm = LanguageModel(lm, made)
         self.measure = getattr(self.lm.head, "measure", "nll")
         if self.lm.head.size != vocabulary.visual:
@@ -130,7 +138,8 @@ class LMTraining(ModelTraining):
                 raise ValueError(f"stage.only={only} is in no parameter's name, so nothing would learn")
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.loss(batch.clip, batch.name, self.dropped(len(batch.clip)), packed=self.pack)
+        dropped = self.dropped(len(batch.clip))
+        return self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=self.weighting)
 
     def more(self) -> dict[str, Any]:
         return {"audio": self.audio_tokenizer[0], "actions": self.latent_actions[0]}

@@ -25,6 +25,7 @@ from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.sequence import Sequence
 from reelm.lm.speculative import Jacobi
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion, draw_latents
+from reelm.lm.weighting import Weighting
 from reelm.tasks.formats import Formats
 from reelm.tasks.packing import Packer
 from reelm.tasks.task import Given, Task
@@ -83,9 +84,15 @@ class VideoLM(VideoModel):
         return dtype
 
     def loss(
-        self, clip: Clip, task: str, unprompted: Tensor | bool = False, packed: bool = False
+        self,
+        clip: Clip,
+        task: str,
+        unprompted: Tensor | bool = False,
+        packed: bool = False,
+        weighting: Weighting | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As of all models; packed: the clips in one row, without filling prompts up to the longest."""
+        """As of all models; packed: the clips in one row, without filling prompts up to the longest. weighting: how
+        much each id counts; None: all alike."""
         given, target = self.task(task).split(clip)
         with torch.no_grad():
             tokens, sound = target.tokens, None
@@ -97,6 +104,9 @@ class VideoLM(VideoModel):
                 sound = self.packer.sound.encode(target.audio, target.audio_rate)
             pack = self.packer.pack_in_one_row if packed else self.packer.pack
             sequence = pack(given, self.task(task).marker, tokens, unprompted=unprompted, sound=sound)
+            if weighting is not None:
+                levels = getattr(self.lm.head, "levels", 0)
+                sequence = sequence.replace(loss=weighting.of(sequence, self.lm.head.vocabulary, levels))
         return self.lm.loss(sequence)
 
     def _decode(self, batch: Batch, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:

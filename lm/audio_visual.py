@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,6 @@ class AudioVisual(nn.Module):
         vocabulary, width: as for all heads.
         visual: the head of video, or what makes it of vocabulary and width.
         levels: of the sound; the vocabulary's audio ids are divided among them.
-        weights: of an id of each level in the loss, beside 1 of an id of the video; one number for each, or None for 1
-            everywhere. Coarse levels say what is heard, fine ones are noise to a small model.
-        onset: times that the first id of each level counts more. Where sounds go on as they begin, it is the only one
-            that tells whether the model heeds what it is given.
     """
 
     def __init__(
@@ -62,8 +58,6 @@ class AudioVisual(nn.Module):
         width: int,
         visual: Head | Callable[..., Head],
         levels: int = 4,
-        weights: tuple[float, ...] | None = None,
-        onset: float = 1.0,
     ) -> None:
         super().__init__()
         if levels < 1 or not vocabulary.audio or vocabulary.audio % levels:
@@ -71,12 +65,6 @@ class AudioVisual(nn.Module):
                 f"{vocabulary.audio} audio ids are not the same number of codes for each of {levels} levels"
             )
         self.vocabulary, self.width, self.levels = vocabulary, width, levels
-        self.weights = None if weights is None else tuple(weights)
-        if self.weights is not None and (len(self.weights) != levels or min(self.weights) <= 0):
-            raise ValueError(f"weights are {levels} numbers above 0, one for each level; got {list(weights)}")
-        if onset <= 0:
-            raise ValueError(f"onset={onset}; give a number above 0, of which 1 counts all ids alike")
-        self.onset = onset
         self.visual = visual if isinstance(visual, nn.Module) else visual(vocabulary=vocabulary, width=width)
         if not isinstance(self.visual, Head):
             raise ValueError(f"sound needs a head that predicts token by token; {type(self.visual).__name__} does not")
@@ -112,34 +100,20 @@ class AudioVisual(nn.Module):
     def loss(
         self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy over all ids to predict, levels by their weights; see `Head.loss`. What is logged is
-        without weights."""
-        losses, logged, weights, scales = [], [], [], []
-        for part, mine, scale in self._parts(ids, mask):
+        """Mean cross-entropy of all ids to predict, each by its part; see `Head.loss`."""
+        losses, logged, weights, counts = [], [], [], []
+        for part in (self.visual, *self.sound):
+            mine = mask * ((ids >= part.offset) & (ids < part.offset + part.size))
             if mine[:, 1:].any():
                 loss, metrics = part.loss(hidden, ids, mine, label_smoothing)
                 losses.append(loss)
                 logged.append(metrics)
                 weights.append(mine[:, 1:].sum())
-                scales.append(scale)
+                counts.append((mine[:, 1:] != 0).sum())
         if not losses:
             raise ValueError("no id of this batch is to be predicted; its loss mask is empty")
-        shares = torch.stack(weights) / torch.stack(weights).sum()
-        mean = {name: (shares * torch.stack([each[name] for each in logged])).sum() for name in logged[0]}
-        scaled = shares * shares.new_tensor(scales)
-        return (scaled * torch.stack(losses)).sum() / scaled.sum(), mean
-
-    def _parts(self, ids: Tensor, mask: Tensor) -> Iterator[tuple[Head, Tensor, float]]:
-        """Heads, which ids they are to predict, and the weight of these in the loss."""
-        for part, scale in zip((self.visual, *self.sound), (1.0, *(self.weights or self.levels * (1.0,))), strict=True):
-            here = (ids >= part.offset) & (ids < part.offset + part.size)
-            if part is self.visual or self.onset == 1:
-                yield part, mask * here, scale
-                continue
-            first = here.clone()
-            first[:, 1:] &= ~here[:, :-1]
-            yield part, mask * first, scale * self.onset
-            yield part, mask * (here & ~first), scale
+        mean = {name: _mean([each[name] for each in logged], counts) for name in logged[0]}
+        return _mean(losses, weights), mean
 
     def inflate(self, weights: dict[str, Tensor], name: str, small: nn.Module) -> None:
         """Takes the weights of a model without sound: its head is the one of video, its ids of text come after those
@@ -154,3 +128,8 @@ class AudioVisual(nn.Module):
         rows[:SPECIAL] = stored[:SPECIAL]
         rows[text : text + small.vocabulary.text] = stored[SPECIAL + small.vocabulary.audio :]
         weights[f"{name}.visual.others.weight"] = rows
+
+
+def _mean(values: list[Tensor], weights: list[Tensor]) -> Tensor:
+    shares = torch.stack(weights)
+    return (shares * torch.stack(values)).sum() / shares.sum()

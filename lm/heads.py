@@ -129,7 +129,7 @@ class Head(nn.Module):
     def loss(
         self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy of the ids to predict, in nats an id, and what to log.
+        """Mean cross-entropy of the ids to predict, in nats an id, and what to log, which is without weights.
 
         Args:
             hidden: `(B, L, width)`; column i predicts the id of column i + 1.
@@ -157,8 +157,9 @@ class Head(nn.Module):
                 if len(hidden) <= rows or not torch.is_grad_enabled()
                 else checkpoint(self._sums, *arguments, use_reentrant=False)
             )
-        smoothed, plain, right = torch.stack(sums).sum(0) / weights.sum()
-        return smoothed, {"nll": plain.detach(), "accuracy": right.detach()}
+        smoothed, plain, right = torch.stack(sums).sum(0)
+        logged = {"nll": plain.detach() / len(ids), "accuracy": right.detach() / len(ids)}
+        return smoothed / weights.sum(), logged
 
     def _sums(self, hidden: Tensor, weights: Tensor, label_smoothing: float, *targets: Tensor) -> Tensor:
         smoothed, plain, right = zip(
@@ -169,7 +170,7 @@ class Head(nn.Module):
             strict=True,
         )
         whole = torch.stack(right).prod(0)  # a code is right when all its parts are
-        return torch.stack([(weights * value).sum() for value in (sum(smoothed), sum(plain), whole)])
+        return torch.stack([(weights * sum(smoothed)).sum(), sum(plain).sum(), whole.sum()])
 
     def logits_given(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Scores of each part when those before it are known, as in training."""

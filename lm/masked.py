@@ -202,9 +202,9 @@ class Masked(nn.Module):
         hidden = self.hide(sequence)
         shown = self.shown(sequence, hidden)
         x = states(shown)
-        weights = torch.where(shown.interior == MASK, 1.0, self.refine) * hidden
+        weights = torch.where(shown.interior == MASK, 1.0, self.refine) * hidden * sequence.loss
         loss, metrics = self.loss(x, sequence.ids, weights, label_smoothing)
-        kept = sequence.loss & ~hidden
+        kept = sequence.loss * ~hidden
         if self.reconstruct and kept.any():
             extra, _ = self.loss(x, sequence.ids, kept, label_smoothing)
             total, more = weights.sum(), self.reconstruct * kept.sum()

@@ -22,8 +22,8 @@ class Sequence:
     positions: `(B, L, 3)` int64: time, row and column of each token. Text may count its words by negative times, so
         that its places are not those of the video.
     prefix: number of columns with attention in both directions.
-    loss: `(B, L)` bool: which ids are to be predicted (from the column before); none of them inside the prefix.
-        None: nothing is.
+    loss: `(B, L)` bool: which ids are to be predicted (from the column before), or float: how much each of them counts
+        (weighting.py); none of them inside the prefix. None: nothing is.
     next_positions: `(B, L, 3)`: the place of the token that each column is to predict. None: that of the next column
         (the last column repeats its own).
     context: `(B, N, D)` embedded text for the N columns of each row whose id is `Special.text`, or None.

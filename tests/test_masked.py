@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_the_definition(reconstruct, refine, monkeypatch):
             kind = reconstruct
             if hidden[row, column]:
                 kind = 1.0 if s.interior[row, column] == MASK else refine
-                nll, unknown = nll + kind * value, unknown + kind
+                nll, unknown = nll + value, unknown + 1
             total, weight = total + kind * value, weight + kind
     torch.testing.assert_close(loss, total / weight)
     torch.testing.assert_close(metrics["nll"], nll / unknown)

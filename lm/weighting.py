@@ -1,0 +1,73 @@
+"""How much each id counts in the loss of training.
+
+What decides a clip stands in few of its ids, and what follows from it in most: after a first frame with the wrong
+objects, or a sound's first code with the wrong voice, all others can be predicted well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reelm.lm.sequence import Sequence
+from reelm.lm.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Weights beside 1 of all other ids.
+
+    frames: of the codes of a clip's first latent frames, in order; those of later frames count 1. The first frame says
+        what there is, the second how it moves.
+    levels: of the codes of each level of sound; () for 1 everywhere. Coarse levels say what is heard, fine ones are
+        noise to a small model.
+    onset: times that the first code to predict of each level of sound counts more. Where sounds go on as they begin, it
+        is the only one that tells whether the model heeds what it is given.
+    """
+
+    frames: tuple[float, ...] = ()
+    levels: tuple[float, ...] = ()
+    onset: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not all(weight > 0 for weight in getattr(self, name)):
+                raise ValueError(f"{name[:-1]}_weights are numbers above 0; got {list(getattr(self, name))}")
+        if self.onset <= 0:
+            raise ValueError(f"onset={self.onset}; give a number above 0, of which 1 counts all ids alike")
+
+    def check(self, levels: int) -> None:
+        """ValueError where there are not this many levels of sound."""
+        if self.levels and len(self.levels) != levels:
+            raise ValueError(
+                f"level_weights are {levels} numbers, one for each level of sound; got {list(self.levels)}"
+            )
+
+    def of(self, sequence: Sequence, vocabulary: Vocabulary, levels: int = 0) -> Tensor:
+        """`(B, L)`: weights of the ids to predict, 0 of all others; `sequence.loss` where all count alike.
+
+        levels: of the sound, among which the vocabulary's audio ids are divided.
+        """
+        loud = levels > 0 and (bool(self.levels) or self.onset != 1)
+        if not self.frames and not loud:
+            return sequence.loss
+        weights = sequence.loss.float()
+        if self.frames:
+            times, ids = sequence.positions[..., 0], sequence.ids
+            visual = (ids >= vocabulary.visual_range.start) & (ids < vocabulary.visual_range.stop)
+            table = weights.new_tensor([*self.frames, 1.0])
+            weights = torch.where(visual, weights * table[times.clamp(0, len(self.frames))], weights)
+        if not loud:
+            return weights
+        start, codes = vocabulary.audio_range.start, vocabulary.audio // levels
+        level = torch.where(
+            (sequence.ids >= start) & (sequence.ids < start + levels * codes), (sequence.ids - start) // codes, -1
+        )
+        if self.levels:
+            weights = weights * weights.new_tensor([*self.levels, 1.0])[level]
+        first = (level >= 0) & sequence.loss
+        first[:, 1:] &= (level[:, 1:] != level[:, :-1]) | ~sequence.loss[:, :-1]
+        return torch.where(first, self.onset * weights, weights)
