@@ -41,9 +41,10 @@ WAYS = {
     "one by one": OneByOne(),
     "Jacobi": Jacobi(16),
     "Jacobi, maximal coupling": Jacobi(16, "maximal"),
-    "Jacobi, at least 4": Jacobi(16, least=4),
-    "Jacobi, at least 8": Jacobi(16, least=8),
-    "Jacobi, at least 16": Jacobi(32, least=16),
+    "Jacobi, window 64": Jacobi(64, columns=128),
+    "Jacobi, lenience 3": Jacobi(32, "maximal", lenience=3),
+    "Jacobi, lenience 3, window 64": Jacobi(64, "maximal", lenience=3, columns=128),
+    "Jacobi, lenience 30, window 64": Jacobi(64, "maximal", lenience=30, columns=128),
     "diagonals": Diagonal(),
     "blocks, 2 x 2": Blocks(2, 2),
 }

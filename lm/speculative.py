@@ -9,8 +9,12 @@ its distribution hardly changed:
 - "maximal": a guess drawn from q stays with probability min(1, p / q), and otherwise gives way to a draw from
   max(0, p - q). No coupling keeps more guesses from one pass to the next.
 
-Both are exact for codes of several parts too, since the parts are drawn one after the other. Given the tokens before
-it, each guess of a token is a draw from the distribution of its pass, and that of the last pass is the right one.
+With lenience (Leviathan et al., arXiv:2211.17192, appendix A.5) the maximal coupling keeps guesses more often than the
+distribution allows: still fewer passes, for tokens that are less likely than they should be.
+
+Both couplings are exact for codes of several parts too, since the parts are drawn one after the other. Given the tokens
+before it, each guess of a token is a draw from the distribution of its pass, and that of the last pass is the right
+one.
 """
 
 from __future__ import annotations
@@ -34,29 +38,34 @@ class Jacobi:
 
     window: tokens that are guessed at once.
     coupling: of the draws of a token in two passes: "gumbel" or "maximal".
-    least: tokens that a pass settles at least, right or not; 1 is exact, more is faster and loses quality.
+    lenience: of the maximal coupling: a guess stays with this many times the probability that it may; 1 is exact, more
+        is faster and loses quality.
     columns: what a pass reads at most, over all samples and guidance: large batches have shorter windows, since a
         processor that is busy gains nothing from fewer passes.
     """
 
     window: int = 32
     coupling: str = "gumbel"
-    least: int = 1
+    lenience: float = 1.0
     columns: int = 64
 
     def __post_init__(self) -> None:
         if self.coupling not in COUPLINGS:
             raise ValueError(f"coupling is one of {', '.join(COUPLINGS)}; got {self.coupling}")
-        if not 1 <= self.least <= self.window:
-            raise ValueError(f"least lies between 1 and the window of {self.window}; got {self.least}")
+        if self.window < 1:
+            raise ValueError(f"window is 1 or more; got {self.window}")
+        if self.lenience < 1 or (self.lenience > 1 and self.coupling != "maximal"):
+            raise ValueError(
+                f"lenience is 1 (exact), or more with coupling=maximal; got {self.lenience} with {self.coupling}"
+            )
 
     def __call__(self, run: Run, noise: Noise, made: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         share = self.columns // (run.batch * run.copies)
-        width = max(min(self.window, share) if share >= SHORT else 1, self.least)
+        width = min(self.window, share) if share >= SHORT else 1
         done, guesses = made.shape[1], Guesses(run, made)
         ids = guesses.ids
         certain = torch.full((run.batch,), done, device=ids.device)  # of each sample; the batch waits for its slowest
-        coupled = _Maximal(run, noise, ids) if self.coupling == "maximal" else None
+        coupled = _Maximal(run, noise, ids, self.lenience) if self.coupling == "maximal" else None
         noise.drop(done)
         if done:
             yield torch.arange(done), made
@@ -73,7 +82,7 @@ class Jacobi:
             new = torch.where(numbers < certain[:, None], ids[:, window], new)
             same = (new == ids[:, window]).long().cumprod(1).sum(1)  # tokens before the first that came out differently
             ids[:, window] = new
-            certain = torch.maximum(done + same + 1, certain + self.least).clamp_max(stop)
+            certain = torch.maximum(done + same + 1, certain + 1).clamp_max(stop)
             before, done = done, int(certain.min())
             run.forget(done - 1)
             noise.drop(done)
@@ -110,10 +119,10 @@ class Guesses:
 
 
 class _Maximal:
-    """Draws that stay with the guess as often as any can that have the right distribution."""
+    """Draws that stay with the guess as often as any can that have the right distribution, or `lenience` times that."""
 
-    def __init__(self, run: Run, noise: Noise, ids: Tensor) -> None:
-        self.run, self.noise, self.ids = run, noise, ids
+    def __init__(self, run: Run, noise: Noise, ids: Tensor, lenience: float = 1.0) -> None:
+        self.run, self.noise, self.ids, self.lenience = run, noise, ids, lenience
         self.start = self.stop = 0
         self.last: list[Tensor] = []  # of each part, what the window's guesses were drawn from: `(B, n, V)`
 
@@ -134,7 +143,9 @@ class _Maximal:
             rest = (p - q).clamp_min(0)
             self.last.append(p.view(batch, stop - start, -1))
             ratio = p.gather(-1, guess[:, None]) / q.gather(-1, guess[:, None])
-            lucky = (-exponential(p.new_empty(batch, stop - start), generator)).exp().view(-1, 1) < ratio
+            lucky = (-exponential(p.new_empty(batch, stop - start), generator)).exp().view(
+                -1, 1
+            ) < self.lenience * ratio
             keep = lucky | (rest.sum(-1, keepdim=True) == 0)
             return torch.where(keep[:, 0], guess, race(rest, clocks))
 

@@ -594,7 +594,7 @@ def test_ways_of_decoding_are_measured(tmp_path):
     assert all(results["costs"]["times_transformers"][size]["float32"] > 0 for size in ("box", "larger"))
     ways = results["ways"]
     assert ways["Jacobi (float32)"]["same_tokens"] == ways["one by one (float32) again"]["same_tokens"] == 1
-    assert ways["Jacobi, at least 16 (float32)"]["passes"] <= ways["one by one (float32)"]["passes"] / 16 + 1
+    assert ways["Jacobi, lenience 3 (float32)"]["passes"] < ways["one by one (float32)"]["passes"]
 
 
 def test_training_is_measured(tmp_path):
