@@ -24,10 +24,10 @@ class Zoetrope(Dataset[Clip]):
     """Clips of one split, each a pure function of `(seed, split, index)`.
 
     size: pixels, one number or (height, width). short_captions: share of captions that tell only colours, shapes and
-    motions. moving_camera: share of the scenes with a textured background in which the camera moves. controls: which
-    truths every clip carries, of "depth", "flow", "camera" and "mask" (all objects together). audio: carry the scene's
-    stereo sound, `frames / fps` seconds at 16 kHz (an image has none). motions: what objects may do, where it is not
-    all that they can ("train" and "validation" alone).
+    motions. moving_camera: share of the scenes with a textured background in which the camera moves. one_object: share
+    of the scenes with one object. controls: which truths every clip carries, of "depth", "flow", "camera" and "mask"
+    (all objects together). audio: carry the scene's stereo sound, `frames / fps` seconds at 16 kHz (an image has none).
+    motions: what objects may do, where it is not all that they can ("train" and "validation" alone).
     """
 
     def __init__(
@@ -40,13 +40,15 @@ class Zoetrope(Dataset[Clip]):
         length: int = 1_000_000,
         short_captions: float = 0.5,
         moving_camera: float = 0.45,
+        one_object: float = 0.45,
         controls: Sequence[str] = (),
         audio: bool = False,
         motions: Sequence[str] = (),
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-        for name, share in (("short_captions", short_captions), ("moving_camera", moving_camera)):
+        shares = {"short_captions": short_captions, "moving_camera": moving_camera, "one_object": one_object}
+        for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1; got {share}")
         unknown = [name for name in controls if name not in CONTROLS]
@@ -60,7 +62,7 @@ class Zoetrope(Dataset[Clip]):
         self.split, self.frames, self.fps = split, frames, fps
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.seed, self.length = seed, length
-        self.short_captions, self.moving_camera = short_captions, moving_camera
+        self.short_captions, self.moving_camera, self.one_object = short_captions, moving_camera, one_object
         self.controls, self.audio, self.motions = tuple(controls), audio, tuple(motions)
 
     def __len__(self) -> int:
@@ -74,8 +76,8 @@ class Zoetrope(Dataset[Clip]):
         frames = frames or self.frames
         number = self._checked(index)
         if frames == 1:
-            return sample_scene(self.seed, self.split, number, still=True)
-        options = {"moving_camera": self.moving_camera, "only": self.motions}
+            return sample_scene(self.seed, self.split, number, still=True, one_object=self.one_object)
+        options = {"moving_camera": self.moving_camera, "one_object": self.one_object, "only": self.motions}
         return sample_scene(self.seed, self.split, number, seconds=frames / (fps or self.fps), **options)
 
     def caption(self, index: int, frames: int | None = None) -> str:

@@ -197,13 +197,15 @@ def sample_scene(
     still: bool = False,
     seconds: float = 2.125,
     moving_camera: float = 0.45,
+    one_object: float = 0.45,
     only: tuple[str, ...] = (),
 ) -> Scene:
     """The scene numbered `index` of a split: the same arguments give the same scene on every machine.
 
     still: for images; every object is still and so is the camera. seconds: the time the motions are planned for.
-    moving_camera: share of the scenes with a textured background in which the camera moves. only: motions, where others
-    are not wanted.
+    moving_camera: share of the scenes with a textured background in which the camera moves. one_object: share of the
+    scenes with one object; of the others, six have two for five that have three. only: motions, where others are not
+    wanted.
     Scenes of "train" and "validation" contain no triple of `HELD_OUT`, those of "compositional" at least one.
     """
     if split not in SPLITS:
@@ -211,7 +213,7 @@ def sample_scene(
     sequence = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index, int(still)))
     rng = np.random.Generator(np.random.PCG64(sequence))
     count_draw, background_draw, camera_draw, style_draw, tone_draw, shift_x, shift_y, way_draw = rng.random(8).tolist()
-    count = 1 if count_draw < 0.45 else 2 if count_draw < 0.75 else 3
+    count = 1 if count_draw < one_object else 2 if count_draw < one_object + (1 - one_object) * 6 / 11 else 3
     background = BACKGROUNDS[int(background_draw * len(BACKGROUNDS))]
     camera = "static"
     if background in TEXTURED and not still and camera_draw < moving_camera:
