@@ -51,8 +51,8 @@ class LMTraining(ModelTraining):
             draw ids, temperature and guidance hold for masked and for continuous tokens too.
         formats: lengths, sizes and rates to train on, told by tokens, the usual one first; None: the data's own alone.
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
-        frame_weights, level_weights, onset: how much the codes of a clip's first latent frames, those of each level of
-            sound and the first of a sound count in the loss (`Weighting`).
+        frame_weights, level_weights, onset, prompt_weight: how much the codes of a clip's first latent frames, those of
+            each level of sound, the first of a sound, and those that the prompt tells count in the loss (`Weighting`).
         pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
             longest (lm/packed.py). Best with lm.attention=flash.
         actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
@@ -79,6 +79,7 @@ class LMTraining(ModelTraining):
         frame_weights: Sequence[float] | None = None,
         level_weights: Sequence[float] | None = None,
         onset: float = 1.0,
+        prompt_weight: float = 0.0,
         pack: bool = False,
         actions: str | Path | None = None,
     ) -> None:
@@ -108,9 +109,13 @@ class LMTraining(ModelTraining):
         if sound is not None:
             self.audio_hash = store.fingerprint(sound)
             made = AudioVisual(vocabulary, lm.width, made, sound.levels)
-        self.weighting = Weighting(tuple(frame_weights or ()), tuple(level_weights or ()), onset)
+        self.weighting = Weighting(tuple(frame_weights or ()), tuple(level_weights or ()), onset, prompt_weight)
         if continuous and frame_weights:
             raise ValueError("stage.frame_weights is for heads of codes; leave it out with continuous tokens")
+        if prompt_weight and not isinstance(made, Head | AudioVisual):
+            raise ValueError(
+                f"stage.prompt_weight is for heads that predict token by token; {type(made).__name__} does not"
+            )
         if sound is not None:
             self.weighting.check(sound.levels)
         self.lm = LanguageModel(lm, made)

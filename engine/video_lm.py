@@ -107,7 +107,9 @@ class VideoLM(VideoModel):
             if weighting is not None:
                 levels = getattr(self.lm.head, "levels", 0)
                 sequence = sequence.replace(loss=weighting.of(sequence, self.lm.head.vocabulary, levels))
-        return self.lm.loss(sequence)
+        if weighting is None or not weighting.prompt or not any(given.captions):
+            return self.lm.loss(sequence)
+        return self.lm.loss(sequence, unprompted=self.packer.without_prompt(sequence), prompt_weight=weighting.prompt)
 
     def _decode(self, batch: Batch, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
         """The clips' codes `(B, t, h, w)` so far, and which of them `(t * h * w,)` are there, after each pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -102,18 +102,27 @@ class AudioVisual(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of all ids to predict, each by its part; see `Head.loss`."""
         losses, logged, weights, counts = [], [], [], []
-        for part in (self.visual, *self.sound):
-            mine = mask * ((ids >= part.offset) & (ids < part.offset + part.size))
-            if mine[:, 1:].any():
-                loss, metrics = part.loss(hidden, ids, mine, label_smoothing)
-                losses.append(loss)
-                logged.append(metrics)
-                weights.append(mine[:, 1:].sum())
-                counts.append((mine[:, 1:] != 0).sum())
+        for part, mine in self._parts(ids, mask):
+            loss, metrics = part.loss(hidden, ids, mine, label_smoothing)
+            losses.append(loss)
+            logged.append(metrics)
+            weights.append(mine[:, 1:].sum())
+            counts.append((mine[:, 1:] != 0).sum())
         if not losses:
             raise ValueError("no id of this batch is to be predicted; its loss mask is empty")
         mean = {name: _mean([each[name] for each in logged], counts) for name in logged[0]}
         return _mean(losses, weights), mean
+
+    def divergence(self, hidden: Tensor, other: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """That of each id's part; see `Head.divergence`."""
+        return sum(part.divergence(hidden, other, ids, mine) for part, mine in self._parts(ids, mask))
+
+    def _parts(self, ids: Tensor, mask: Tensor) -> Iterator[tuple[Head, Tensor]]:
+        """Heads, and which ids they are to predict."""
+        for part in (self.visual, *self.sound):
+            mine = mask * ((ids >= part.offset) & (ids < part.offset + part.size))
+            if mine[:, 1:].any():
+                yield part, mine
 
     def inflate(self, weights: dict[str, Tensor], name: str, small: nn.Module) -> None:
         """Takes the weights of a model without sound: its head is the one of video, its ids of text come after those

@@ -140,6 +140,23 @@ class Head(nn.Module):
         chosen = mask[:, 1:] != 0
         return self.mean_loss(hidden[:, :-1][chosen], ids[:, 1:][chosen], mask[:, 1:][chosen].float(), label_smoothing)
 
+    @torch.no_grad()
+    def divergence(self, hidden: Tensor, other: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """How far two ways to predict the same ids are apart, from the hidden states of each: `(B, L)`, 0 where nothing
+        is to be predicted.
+
+        It is the Kullback-Leibler divergence of the second from the first, in nats, over a code's first part: over what
+        may come, and not of what came.
+        """
+        chosen = mask[:, 1:] != 0
+        targets = self.split(ids[:, 1:][chosen] - self.offset)
+        first, second = (
+            self.logits_given(states[:, :-1][chosen], targets)[0].float().log_softmax(-1) for states in (hidden, other)
+        )
+        result = torch.zeros(ids.shape, device=ids.device)
+        result[:, 1:][chosen] = (first.exp() * (first - second)).sum(-1).clamp_min(0)
+        return result
+
     def mean_loss(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from reelm.lm.heads import Head
@@ -32,6 +33,22 @@ class LanguageModel(nn.Module):
         """Hidden states `(B, L, width)`."""
         return self.transformer(self.head.vectors(sequence), sequence)
 
-    def loss(self, sequence: Sequence, label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of what `sequence.loss` marks, cross-entropy where that are ids, and what to log."""
-        return self.head.learn(self, sequence, label_smoothing)
+    def loss(
+        self,
+        sequence: Sequence,
+        label_smoothing: float = 0.0,
+        unprompted: Sequence | None = None,
+        prompt_weight: float = 0.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of what `sequence.loss` marks, cross-entropy where that are ids, and what to log.
+
+        unprompted: the sequence without its prompt, where ids are to count `prompt_weight` times more for each nat that
+            the prompt tells of them (`Weighting.prompt`).
+        """
+        if unprompted is None:
+            return self.head.learn(self, sequence, label_smoothing)
+        hidden = self(sequence)
+        with torch.no_grad():
+            told = self.head.divergence(hidden, self(unprompted), sequence.ids, sequence.loss)
+            weights = sequence.loss * (1 + prompt_weight * told)
+        return self.head.loss(hidden, sequence.ids, weights, label_smoothing)

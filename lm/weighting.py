@@ -2,6 +2,9 @@
 
 What decides a clip stands in few of its ids, and what follows from it in most: after a first frame with the wrong
 objects, or a sound's first code with the wrong voice, all others can be predicted well.
+
+All weights are told by what comes before an id, none by the id itself, so that what is learned best is still the
+distribution of the data.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ class Weighting:
         noise to a small model.
     onset: times that the first code to predict of each level of sound counts more. Where sounds go on as they begin, it
         is the only one that tells whether the model heeds what it is given.
+    prompt: an id counts this many times more for each nat by which what the model expects there is another without the
+        prompt (`Head.divergence`). With 0 the prompt makes no difference, nor a second pass for what it makes.
     """
 
     frames: tuple[float, ...] = ()
     levels: tuple[float, ...] = ()
     onset: float = 1.0
+    prompt: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("frames", "levels"):
@@ -38,6 +44,8 @@ class Weighting:
                 raise ValueError(f"{name[:-1]}_weights are numbers above 0; got {list(getattr(self, name))}")
         if self.onset <= 0:
             raise ValueError(f"onset={self.onset}; give a number above 0, of which 1 counts all ids alike")
+        if self.prompt < 0:
+            raise ValueError(f"prompt_weight={self.prompt}; give a number from 0 on, of which 0 counts all ids alike")
 
     def check(self, levels: int) -> None:
         """ValueError where there are not this many levels of sound."""

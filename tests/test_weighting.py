@@ -3,9 +3,11 @@ import torch
 from torch import nn
 
 from reelm.lm.audio_visual import AudioVisual
-from reelm.lm.heads import Categorical
+from reelm.lm.heads import Categorical, Chained
+from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked
 from reelm.lm.sequence import Sequence
+from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Special, Vocabulary
 from reelm.lm.weighting import Weighting
 
@@ -83,3 +85,38 @@ def test_masked_heads_take_weights():
     loss = masked.learn(lambda _: states, given.replace(loss=first))[0]
     alone = given.loss & (given.positions[..., 0] == 0)
     torch.testing.assert_close(loss, masked.loss(states, given.ids, alone)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", [Categorical, Chained])
+def test_divergence_is_that_of_what_may_come(kind):
+    made, given = kind(V, 12), sequence()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    one, other = torch.randn(2, 1, 14, 12)
+    mask = given.loss & (given.ids < SOUND)
+    found = made.divergence(one, other, given.ids, mask)
+    assert (found[~mask] == 0).all() and (found[mask] > 0.01).all()
+    for column in mask[0].nonzero()[:, 0]:
+        p, q = (made.logits(states[0, column - 1])[0].log_softmax(-1) for states in (one, other))
+        torch.testing.assert_close(found[0, column], (p.exp() * (p - q)).sum())
+    assert not made.divergence(one, one, given.ids, mask).any() and not found.requires_grad
+    swapped = torch.where(mask, given.ids.flip(1), given.ids).where(given.ids.flip(1) < SOUND, VIDEO)
+    torch.testing.assert_close(made.divergence(one, other, swapped, mask)[mask], found[mask])  # whatever came
+
+
+def test_ids_count_by_what_the_prompt_tells_of_them():
+    torch.manual_seed(0)
+    lm = LanguageModel(Transformer(12, 1, 2, sites=None), head())
+    for parameter in lm.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    given = sequence()
+    without = given.replace(ids=torch.where(given.ids == TEXT, int(Special.pad), given.ids))
+    plain = lm.loss(given)[0]
+    torch.testing.assert_close(lm.loss(given, unprompted=without, prompt_weight=0.0)[0], plain)
+    torch.testing.assert_close(lm.loss(given, unprompted=given, prompt_weight=8.0)[0], plain)
+    told = lm.head.divergence(lm(given), lm(without), given.ids, given.loss)
+    assert (told[given.loss] > 0).all()
+    loss, logged = lm.loss(given, unprompted=without, prompt_weight=8.0)
+    torch.testing.assert_close(loss, lm.head.loss(lm(given), given.ids, given.loss * (1 + 8 * told))[0])
+    torch.testing.assert_close(logged["nll"], plain)
+    assert (loss - plain).abs() > 1e-3
