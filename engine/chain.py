@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
-from reelm.engine.generation import make
-from reelm.engine.inputs import NEEDS, Inputs
+from reelm.engine.generation import lengths, make
+from reelm.engine.inputs import NEEDS, SOUNDING, Inputs
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
 
@@ -24,6 +24,8 @@ def make_chain(
     steps: tasks and their inputs, without what comes from the task before. made, options: those of `make`, for all
         steps together.
     """
+    for task, _ in steps:  # before anything is made
+        lengths(model, task, *(options.get(name) for name in ("frames", "size", "fps")))
     clip, windows = None, Windows(made)
     for task, inputs in steps:
         inputs = inputs if clip is None else inputs.after(clip, task)
@@ -56,7 +58,10 @@ def chain_of(links: Sequence[str | Mapping[str, Any]], inputs: Inputs) -> list[t
             if not isinstance(value, kinds) or isinstance(value, bool):
                 what = "a number" if isinstance(usual[name], float) else "a text"
                 raise ValueError(f"{name}={value} of {task} in chain is not {what}; write it as one")
-        mine = replace(inputs.alone(task), **own)
+        usually = {"start": 0.0} if steps else {}  # that of the first clip is none of the clips made of it
+        mine = replace(inputs.alone(task), **{**usually, **own})
+        if steps and task in ("a2v", "av_continuation") and steps[-1][0] not in SOUNDING:
+            raise ValueError(f"{task} in chain goes on from sound, and {steps[-1][0]} before it makes none")
         (mine.after(_BLANK, task) if steps else mine).check(task)
         steps.append((task, mine))
     for name in ("image", "last", "video", "mask", "audio"):

@@ -150,6 +150,7 @@ def evaluate(
         for form in ways:
             world = Zoetrope(split, size=form.size, frames=form.frames, fps=form.fps, short_captions=0)
             mark = "" if form == ways[0] else f"_{form.frames}x{form.size[0]}x{form.size[1]}"
+            mark += "" if form.fps == ways[0].fps else f"_{form.fps:g}fps"
             for name in tasks or list(model.tasks):
                 sheet = None if sheets is None else sheets / f"{name}_{split}{mark}.png"
                 result = results[split][name + mark] = evaluate_task(model, name, world, clips, batch, sheet)

@@ -61,16 +61,8 @@ def make(
             given, actions = given.replace(actions=played.expand(len(given), -1).to(model.device)), actions[count:]
         return model.generate(given, task, sampling, seed, progress, **windows.next()).to("cpu")
 
-    length = model.task(task).frames
-    frames = length or (None if frames is None else whole_length(frames, model.tokenizer.compression[0], note))
-    form = model.fitting(frames, size, fps)
-    form = form if length is None else replace(form, frames=length)
-    frames = frames or form.frames
-    if frames > form.frames and task not in ENDLESS:
-        raise ValueError(f"task={task} makes clips of up to {form.frames} frames with this model; got {frames}")
-    if frames < form.frames and task in ("interpolation", "connection", "loop"):
-        raise ValueError(f"task={task} makes clips of {form.frames} frames with this model; got {frames}")
-    given = first_given(model, task, inputs, form, samples)
+    form, frames = lengths(model, task, frames, size, fps, note)
+    given = first_given(model, task, inputs, form, samples, frames)
     if actions is not None:
         actions = _checked(actions, model, task, given, frames)
     clip = generate(given, task, seed)
@@ -84,6 +76,30 @@ def make(
     video = clip.video[:, :, -frames:] if task == "backward" else clip.video[:, :, :frames]
     audio = None if clip.audio is None else clip.audio[..., : round(frames / form.fps * clip.audio_rate)]
     return clip.replace(video=video[:, :, :-1] if task == "loop" else video, audio=audio)
+
+
+def lengths(
+    model: VideoModel,
+    task: str,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    fps: float | None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[Format, int]:
+    """What a model makes at once for a task, and how many frames the result has; ValueError where it cannot have so
+    many."""
+    length, step = model.task(task).frames, model.tokenizer.compression[0]
+    frames = length or (None if frames is None else whole_length(frames, step, note))
+    form = model.fitting(frames, size, fps)
+    form = form if length is None else replace(form, frames=length)
+    frames = frames or form.frames
+    if frames > form.frames and task not in ENDLESS:
+        raise ValueError(f"task={task} makes clips of up to {form.frames} frames with this model; got {frames}")
+    if frames < form.frames and task in ("interpolation", "connection", "loop"):
+        raise ValueError(f"task={task} makes clips of {form.frames} frames with this model; got {frames}")
+    if frames <= step and task in ("i2v", "continuation", "backward", "av_continuation"):
+        raise ValueError(f"task={task} with frames={frames} would make nothing new; ask for {1 + step} or more")
+    return form, frames
 
 
 def _checked(actions: Sequence[int], model: VideoModel, task: str, given: Given, frames: int) -> list[int]:
@@ -111,7 +127,8 @@ def _longer(
     generate: Callable[[Given, str], Clip],
 ) -> Clip:
     """A clip that is to have `frames` frames with one more window after its end, or before its beginning."""
-    shared = overlap(model, form)
+    loud = clip.audio is not None and "av_continuation" in model.tasks
+    shared = overlap(model, form, "av_continuation" if loud else "continuation")
     if model.formats is None:  # else it knows whole formats alone
         form = replace(form, frames=min(form.frames, shared + frames - clip.frames))
     given = Given(form.shape, clip.captions, fps=form.fps)

@@ -39,6 +39,7 @@ NEEDS = {  # what each task cannot do without
     "av_continuation": ("video",),
 }
 ALSO = dict.fromkeys(("inpainting", "outpainting", "stylization", "v2a", "a2v"), ("start",))  # what it can be told too
+SOUNDING = ("t2av", "v2a", "av_continuation")  # those whose result is heard
 NAMES = ("image", "last", "video", "mask", "audio", "start")
 
 
@@ -76,6 +77,9 @@ class Inputs:
         missing = [name for name in NEEDS.get(task, ()) if not given.get(name)]
         if missing:
             raise ValueError(f"task={task} needs {' and '.join(f'{name}=...' for name in missing)}")
+        for name in ("keep", "start"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}={getattr(self, name)} is not a number; leave it out or give one")
         if not 0.2 <= self.keep < 1:
             raise ValueError(f"keep={self.keep}, the share of the frame that the clip fills, is from 0.2 to below 1")
         if not 0 <= self.start < math.inf:
@@ -101,6 +105,10 @@ class Inputs:
             raise ValueError(f"task={task} takes no clip, so it can only be the first of a chain")
         return replace(self.alone(task), **{slot: clip})
 
+    def sources(self) -> dict[str, str]:
+        """The paths that are read, by name."""
+        return {name: value for name in NAMES if isinstance(value := getattr(self, name), str) and value}
+
 
 def whole_length(frames: int, step: int, note: Callable[[str], None]) -> int:
     """The nearest length of `1 + step * k` frames, with a note where it is another."""
@@ -110,10 +118,14 @@ def whole_length(frames: int, step: int, note: Callable[[str], None]) -> int:
     return length
 
 
-def overlap(model: VideoModel, form: Format) -> int:
-    """Frames of one window that the next one starts from: about a second (VideoPoet, section 5.3), at most half."""
+def overlap(model: VideoModel, form: Format, task: str = "") -> int:
+    """Frames of one window that the next one starts from: about a second (VideoPoet, section 5.3), at most half, and no
+    more than the task was learned with."""
     step = model.tokenizer.compression[0]
-    return 1 + max(min(round(form.fps / step), (form.frames - 1) // (2 * step)), 1) * step
+    count = 1 + max(min(round(form.fps / step), (form.frames - 1) // (2 * step)), 1) * step
+    learned = getattr(model.tasks.get(task), "first", ())
+    most = max(learned) if isinstance(learned, (tuple, list)) and learned else 0
+    return min(count, most) if most > step else count
 
 
 def _read(source: str | Clip, form: Format, start: float = 0.0, size: tuple[int, int] | None = None) -> Clip:
@@ -126,6 +138,8 @@ def _read(source: str | Clip, form: Format, start: float = 0.0, size: tuple[int,
 
 def _fitted(clip: Clip, form: Format, start: float, size: tuple[int, int]) -> Clip:
     """What `read_video` makes of a file, of a clip that was made."""
+    if start >= clip.frames / clip.fps:
+        raise ValueError(f"start={start} lies after the end of the clip that was made before; give an earlier second")
     index = ((torch.arange(form.frames) / form.fps + start) * clip.fps).round().long().clamp_max(clip.frames - 1)
     video = clip.video[:, :, index.to(clip.video.device)]
     if clip.size != size:
@@ -160,9 +174,13 @@ def _sound(source: str | Clip, form: Format, rate: int, start: float = 0.0) -> T
     seconds = form.frames / form.fps
     if not isinstance(source, Clip):
         with SoundReader(source) as reader:
+            if start and start >= reader.duration():
+                raise ValueError(f"{source} ends before start={start} s; give an earlier second")
             return reader.read(start, seconds, rate)
     if source.audio is None:
         raise ValueError("the clip that was made before has no sound to go on from")
+    if start >= source.frames / source.fps:
+        raise ValueError(f"start={start} lies after the end of the clip that was made before; give an earlier second")
     audio = source.audio
     if source.audio_rate != rate:
         waves = [resampled(wave, source.audio_rate, rate) for wave in audio.cpu().float().numpy()]
@@ -171,11 +189,12 @@ def _sound(source: str | Clip, form: Format, rate: int, start: float = 0.0) -> T
     return F.pad(audio, (0, max(first + count - audio.shape[-1], 0)))[..., first : first + count]
 
 
-def _part(source: str | Clip, form: Format, step: int, most: int, end: bool) -> Tensor:
-    """The first or last frames of a clip, `1 + step * k` of them and at most `most`."""
+def _part(source: str | Clip, form: Format, step: int, most: int, end: bool) -> tuple[Format, float]:
+    """The first or last frames of a clip that are told, `1 + step * k` of them and at most `most`: a format of so many,
+    and the second at which they begin."""
     have = max(int(_seconds(source) * form.fps + 1e-3), 1)
     count = 1 + (min(have, most) - 1) // step * step
-    return _read(source, replace(form, frames=count), max(have - count, 0) / form.fps if end else 0.0).video
+    return replace(form, frames=count), max(have - count, 0) / form.fps if end else 0.0
 
 
 def _mask(inputs: Inputs, size: tuple[int, int]) -> Tensor:
@@ -207,13 +226,13 @@ def at_ends(form: Format, first: Tensor | None, last: Tensor | None) -> tuple[Te
     return video, known
 
 
-def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samples: int) -> Given:
-    """What the model is told for its first window."""
+def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samples: int, frames: int) -> Given:
+    """What the model is told for its first window of a clip that is to have `frames` frames."""
     inputs.check(task)
     size, step = form.size, model.tokenizer.compression[0]
     prompt = inputs.prompt if getattr(model.task(task), "prompted", True) else ""
     given = Given(form.shape, (prompt,) * samples, fps=form.fps)
-    most = min(overlap(model, form), max(form.frames - step, 1))
+    most = min(overlap(model, form, task), max(min(form.frames, frames) - step, 1))
     video = known = None
     if task == "i2v":
         video = _image(inputs.image, size)
@@ -223,13 +242,15 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
         first = _image(inputs.image, size)
         video, known = at_ends(form, first, first)
     elif task == "continuation":
-        video = _part(inputs.video, form, step, most, end=True)
+        video = _read(inputs.video, *_part(inputs.video, form, step, most, end=True)).video
     elif task == "backward":
-        video, known = at_ends(form, None, _part(inputs.video, form, step, most, end=False))
+        last = _read(inputs.video, *_part(inputs.video, form, step, most, end=False)).video
+        video, known = at_ends(form, None, last)
     elif task == "connection":
         most = min(most, 1 + max((form.frames - 1) // (3 * step), 0) * step)  # a third of the clip each
-        ends = (_part(source, form, step, most, end) for source, end in ((inputs.video, True), (inputs.last, False)))
-        video, known = at_ends(form, *ends)
+        ends = ((inputs.video, True), (inputs.last, False))
+        parts = (_read(source, *_part(source, form, step, most, end)).video for source, end in ends)
+        video, known = at_ends(form, *parts)
     elif task == "v2a":
         video, given = _read(inputs.video, form, inputs.start).video, given.replace(asks=("audio",))
     elif task == "a2v":
@@ -238,10 +259,8 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
     elif task == "t2av":
         given = given.replace(asks=("video", "audio"))
     elif task == "av_continuation":
-        video, rate = _part(inputs.video, form, step, most, end=True), _rate(model, task)
-        whole = replace(form, frames=video.shape[2])
-        start = max(_seconds(inputs.video) - whole.frames / form.fps, 0.0)
-        audio = _sound(inputs.video, whole, rate, start)
+        told, rate = _part(inputs.video, form, step, most, end=True), _rate(model, task)
+        video, audio = _read(inputs.video, *told).video, _sound(inputs.video, told[0], rate, told[1])
         given = given.replace(audio=audio, audio_rate=rate, asks=("video", "audio"))
     elif task == "inpainting":
         video = _read(inputs.video, form, inputs.start).video

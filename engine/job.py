@@ -28,7 +28,7 @@ from reelm.data.writing import (
 )
 from reelm.engine.chain import chain_of, make_chain
 from reelm.engine.hierarchy import make_in_stages
-from reelm.engine.inputs import Inputs
+from reelm.engine.inputs import SOUNDING, Inputs
 from reelm.engine.interruption import keep_tokens, read_tokens
 from reelm.engine.loading import load
 from reelm.engine.store import describe, fingerprint
@@ -61,7 +61,8 @@ class Job:
         for name, whole, least in (
             ("seconds", False, 0), ("frames", True, 1), ("samples", True, 1), ("seed", True, 0), ("fps", False, 0),
         ):  # fmt: skip
-            _check_number(name, getattr(self, name), whole, least)
+            if getattr(self, name) is not None or name in ("samples", "seed"):
+                _check_number(name, getattr(self, name), whole, least)
         if self.frames and self.seconds:
             raise ValueError(f"frames={self.frames} and seconds={self.seconds} both say how long; leave one out")
         if self.size is not None:
@@ -89,7 +90,7 @@ class Job:
 
 def _check_number(name: str, value: Any, whole: bool, least: int) -> None:
     kinds, most = (int,) if whole else (int, float), 2**48  # with room for the seeds of parts and samples
-    if value is None or (type(value) in kinds and least <= value < most and (value or whole)):
+    if type(value) in kinds and least <= value < most and (value or whole):
         return
     what = f"a whole number from {least} to {most - 1}" if whole else f"a number above {least}"
     raise ValueError(f"{name}={value}; give {what}")
@@ -115,9 +116,20 @@ def _outputs(job: Job, task: str) -> tuple[Path, str]:
     suffix = ".png" if task == "t2i" else ".mp4"
     path = Path(job.output) if job.output else Path("outputs") / f"{task}{suffix}"
     allowed = PICTURES if task == "t2i" else VIDEOS
+    if task in SOUNDING:
+        allowed = tuple(name for name in VIDEOS if name != ".gif")  # which has no sound
     if path.suffix.lower() not in allowed:
         raise ValueError(f"output={path} ends in {path.suffix or 'nothing'}; task={task} writes {', '.join(allowed)}")
     return check_output(path, allowed), path.suffix.lower()
+
+
+def _spare_inputs(written: Sequence[Path], steps: Sequence[tuple[str, Inputs]]) -> None:
+    """ValueError where a file that is read would be written over."""
+    results = {path.resolve() for path in written}
+    for _, inputs in steps:
+        for name, source in inputs.sources().items():
+            if Path(source).resolve() in results:
+                raise ValueError(f"the result would be written over {name}={source}; give another output=...")
 
 
 def _note(text: str) -> None:
@@ -150,6 +162,9 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     steps = job.steps()
     task = ",".join(name for name, _ in steps)
     path, suffix = _outputs(job, steps[-1][0])
+    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
+    sheet = [] if job.samples == 1 else [path.with_suffix(".png")]
+    _spare_inputs([*paths, *sheet, path.with_suffix(".json")], steps)
     model = load(job.model)
     for name, _ in steps:
         model.task(name)
@@ -185,7 +200,6 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
         bar.update(line, completed=count, total=total)
 
     loaded = time.monotonic()
-    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True)
     line = bar.add_task(task)
     more = {"stages": job.stages} if job.stages else {"actions": job.actions}
@@ -216,8 +230,7 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     }
     with whole_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(record, indent=1) + "\n")
-    if job.samples > 1:
-        paths.append(write_contact_sheet(path.with_suffix(".png"), clip, columns=6, scale=2))
+    paths += [write_contact_sheet(one, clip, columns=6, scale=2) for one in sheet]
     for one in paths:
         print(f"wrote {one}")
     print(f"{clip.frames} frames in {done - loaded:.1f} s (loading: {loaded - started:.1f} s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +71,11 @@ class ModelTraining(L.LightningModule):
         self.video_tokenizer = [outside.load(tokenizer)]  # in a list: not to be trained, averaged or checkpointed
         self.task, self.optimisation = task, optimisation
         self.tasks = {part.name: part for part in tasks_of(task)}
+        if not is_dataclass(sampling):
+            raise ValueError(
+                "in training, sampler is how the model samples where nothing else is asked for: default, masked, "
+                "token_denoising or masked_denoising; the others are for generate"
+            )
         self.text = [text]  # in a list as well: T5 has weights
         self.text_drop, self.sampling = text_drop, sampling
         self.compile_blocks, self.checkpointing = compile, checkpointing

@@ -77,8 +77,9 @@ class VideoLM(VideoModel):
         self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
 
     def lighten(self, dtype: str, compiled: bool = False) -> str:
-        if compiled and (self.packer.masked or self.packer.space is not None):
-            raise ValueError("compile=true is for models that make codes in an order; leave it out")
+        ordered = not self.packer.masked and self.packer.space is None and hasattr(self.lm.transformer, "blocks")
+        if compiled and not ordered:
+            raise ValueError("compile=true is for transformers that make codes in an order; leave it out")
         dtype = lighten(self.lm, dtype, compiled)
         self.lm.transformer.passes = Passes(self.lm.transformer) if compiled else None
         return dtype
@@ -282,9 +283,10 @@ class VideoLM(VideoModel):
 
         Prompts that take other text slots (each 8 word pieces) are worked on one batch after the other.
 
-        seed: sample i draws with seed + i, so it does not depend on its neighbours. progress: called with tokens made
-            and tokens asked of a clip after each pass. made: a list that is filled with the tokens of each pass
-            (`Account`); one that was filled by a call that was interrupted is gone on from.
+        seed: sample i draws with seed + i, so it does not depend on its neighbours (in int8, where they share a scale,
+            but for rounding). progress: called with tokens made and tokens asked of a clip after each pass. made: a
+            list that is filled with the tokens of each pass (`Account`); one that was filled by a call that was
+            interrupted is gone on from.
         """
         given, sampling = self._given(given, task), self._how(sampling)
         batches = self._batches(given, task, seed, progress, made)

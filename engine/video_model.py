@@ -119,8 +119,11 @@ class VideoModel(nn.Module):
                 raise ValueError(f"this model has no sampler.{name}; it has {', '.join(names)}")
             own = getattr(self.sampling, name)
             number, given = (isinstance(x, (int, float)) and not isinstance(x, bool) for x in (own, value))
-            if own is not None and number != given:
-                raise ValueError(f"sampler.{name} is {'a number' if number else 'a word'} such as {own}; got {value!r}")
+            if own is None and isinstance(value, str):
+                raise ValueError(f"sampler.{name} cannot be {value!r}; ways to decode are chosen by sampler={value}")
+            if own is not None and (number != given or (isinstance(own, int) and not isinstance(value, int))):
+                kind = "a whole number" if isinstance(own, int) else "a number" if number else "a word"
+                raise ValueError(f"sampler.{name} is {kind} such as {own}; got {value!r}")
         return replace(self.sampling, **changes)
 
     def _sampling(self, sampling: Any, *kinds: type) -> Any:

@@ -28,6 +28,7 @@ from reelm.engine.errors import MISTAKES, first_line, one_line_errors
 
 CONFIGS = "reelm.conf"
 TEXT = "text"  # where free text stands whose name is that of a group too
+QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 ALSO_WORDS = ("trainer.devices", "trainer.num_nodes")  # numbers that may be "auto"
 
 
@@ -74,13 +75,13 @@ def output_of(cfg: DictConfig) -> Path:
 def quoted(argument: str, words: Sequence[str]) -> str:
     """An argument whose free text cannot be mistaken for Hydra's grammar."""
     key, equals, value = argument.partition("=")
-    if not equals or key not in words:
+    if not equals or key not in words or value == "null" or value.startswith(f"{{{TEXT}:"):
         return argument
-    if not (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    if not QUOTED.fullmatch(value):
         escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
         escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", r"\${")
         value = f"'{escaped}'"
-    if value != "null" and (resources.files(CONFIGS) / key).is_dir():  # or Hydra looks for a file of this group
+    if (resources.files(CONFIGS) / key).is_dir():  # or Hydra looks for a file of this group
         value = f"{{{TEXT}:{value}}}"
     return f"{key}={value}"
 

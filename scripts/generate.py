@@ -10,7 +10,7 @@ from reelm.scripts.common import program
 
 @program("generate", words=("prompt", "image", "last", "video", "mask", "audio", "output", "model", "tokens"))
 def main(cfg: DictConfig) -> None:
-    inputs = Inputs(cfg.prompt, cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start, cfg.audio)
+    inputs = Inputs(cfg.prompt or "", cfg.image, cfg.last, cfg.video, cfg.mask, cfg.keep, cfg.start, cfg.audio)
     task = cfg.task.get("name", "mixture") if cfg.get("task") else None
     settings = OmegaConf.to_container(cfg, resolve=True)
     job = Job(

@@ -117,7 +117,7 @@ class Sketch:
 def test_each_format_is_evaluated():
     results = evaluate(Sketch(), None, ("validation",), clips=1, batch=1, show=lambda text: None, formats=True)
     assert list(results["validation"]) == [
-        name + mark for mark in ("", "_17x32x32", "_9x16x48") for name in ("t2v", "t2i")
+        name + mark for mark in ("", "_17x32x32", "_9x16x48_12fps") for name in ("t2v", "t2i")
     ]
     usual = evaluate(Sketch(), ["t2i"], ("validation",), clips=1, batch=1, show=lambda text: None)
     assert list(usual["validation"]) == ["t2i"]

@@ -204,7 +204,7 @@ def test_a_model_of_several_formats_makes_what_is_asked_for(several, material):
     for frames in (5, 9, 13, 17, 25):  # as much as fits a format and is cut, or window after window
         made = make(several, "t2v", Inputs("a star"), frames=frames, progress=lambda _, asked: lengths.append(asked))
         assert made.frames == frames
-    assert list(dict.fromkeys(lengths)) == [3 * 16, 5 * 16, 2 * 16]
+    assert list(dict.fromkeys(lengths)) == [3 * 16, 5 * 16]  # the second window knows two latent frames, as in training
     assert make(several, "t2i", Inputs("a star"), size=(24, 40), fps=12.0).video.shape == (1, 3, 1, 24, 40)
     outer = make(several, "outpainting", Inputs(video=str(material / "clip.mp4")), size=(24, 40), fps=12.0)
     assert outer.video.shape == (1, 3, 9, 24, 40)
@@ -433,3 +433,85 @@ def test_nothing_is_written_where_nothing_can_be(box, tmp_path):
 def test_write_image_takes_a_made_image(model, tmp_path):
     write_image(tmp_path / "a.png", make(model, "t2i", Inputs("a star")))
     assert Image.open(tmp_path / "a.png").size == (32, 32)
+
+
+def test_a_result_is_not_written_over_what_it_is_made_of(box, tmp_path):
+    write_video(tmp_path / "a.mp4", Clip(torch.zeros(1, 3, 9, 32, 32)))
+    write_image(tmp_path / "a.png", Clip(torch.zeros(1, 3, 1, 32, 32)))
+    before = (tmp_path / "a.mp4").read_bytes(), (tmp_path / "a.png").read_bytes()
+    name = str(tmp_path / "a.mp4")
+    for job in (
+        Job(str(box), "continuation", Inputs(video=name), name),
+        Job(str(box), "i2v", Inputs(image=str(tmp_path / "a.png")), name, samples=2),  # its sheet is a.png
+        Job(
+            str(box),
+            None,
+            Inputs(prompt="x", video=name),
+            str(tmp_path / "sub" / ".." / "a.mp4"),
+            chain=["stylization"],
+        ),
+    ):
+        with pytest.raises(ValueError, match="would be written over (video|image)=.*a.(mp4|png); give another output"):
+            run_job(job, FAST, {})
+    assert ((tmp_path / "a.mp4").read_bytes(), (tmp_path / "a.png").read_bytes()) == before
+
+
+@pytest.mark.parametrize("task", ["continuation", "backward"])
+def test_a_short_clip_is_not_all_known(several, material, task):
+    told, made = (
+        make(several, task, Inputs(video=str(material / "clip.mp4")), frames=5, keep_known=keep, sampling=FAST, seed=3)
+        for keep in (True, False)
+    )
+    same = (
+        told.video
+        == make(several, task, Inputs(video=str(material / "clip.mp4")), frames=5, sampling=FAST, seed=4).video
+    )
+    whole = same.flatten(3).all(-1)[0, 0]
+    assert told.frames == made.frames == 5 and whole.sum() == 1  # one frame is known, four are made
+    with pytest.raises(ValueError, match=f"task={task} with frames=1 would make nothing new; ask for 5 or more"):
+        make(several, task, Inputs(video=str(material / "clip.mp4")), frames=1, sampling=FAST)
+
+
+def test_a_chain_starts_its_first_clip_alone_later(model, material):
+    steps = chain_of(
+        ["outpainting", {"task": "stylization", "prompt": "x"}], Inputs(video=str(material / "clip.mp4"), start=1.0)
+    )
+    assert [inputs.start for _, inputs in steps] == [1.0, 0.0]
+    late = chain_of(["t2v", {"task": "stylization", "start": 9.0}], Inputs(prompt="x"))
+    with pytest.raises(ValueError, match="start=9.0 lies after the end of the clip that was made before"):
+        make_chain(model, late, sampling=FAST)
+
+
+def test_a_chain_that_cannot_end_is_not_begun(model, monkeypatch):
+    monkeypatch.setattr(model, "generate", None)  # a call would fail
+    with pytest.raises(ValueError, match="task=stylization makes clips of up to 9 frames with this model; got 33"):
+        make_chain(model, chain_of(["t2v", "stylization"], Inputs(prompt="x")), frames=33)
+    with pytest.raises(ValueError, match="a2v in chain goes on from sound, and t2v before it makes none"):
+        chain_of(["t2v", "a2v"], Inputs(prompt="x"))
+
+
+@pytest.mark.parametrize(
+    "job, message",
+    [
+        (lambda: Job("zoetrope", None, Inputs("x"), seed=None), "seed=None; give a whole number from 0"),
+        (lambda: Job("zoetrope", None, Inputs("x"), samples=None), "samples=None; give a whole number from 1"),
+        (lambda: Inputs("x", keep=None).check("t2v"), "keep=None is not a number"),
+        (lambda: Inputs("x", start=None).check("t2v"), "start=None is not a number"),
+    ],
+)
+def test_what_must_be_a_number_cannot_be_null(job, message):
+    with pytest.raises(ValueError, match=message):
+        job()
+
+
+def test_settings_of_sampling_are_of_their_kind(model):
+    with pytest.raises(ValueError, match="sampler.top_k is a whole number such as 0; got 2.5"):
+        model.sampling_with({"top_k": 2.5})
+    with pytest.raises(ValueError, match="ways to decode are chosen by sampler=jacobi"):
+        model.sampling_with({"decoding": "jacobi"})
+    assert model.sampling_with({"temperature": 0}).temperature == 0
+
+
+def test_a_clip_with_sound_is_not_written_where_there_is_none(box, tmp_path):
+    with pytest.raises(ValueError, match="task=t2av writes .mp4, .webm"):
+        run_job(Job(str(box), "t2av", Inputs("x"), str(tmp_path / "a.gif")), FAST, {})

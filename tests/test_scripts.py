@@ -23,6 +23,7 @@ from reelm.engine.video_diffusion import VideoDiffusion
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.masked_diffusion import MaskedDenoising
 from reelm.lm.token_diffusion import TokenDenoising
+from reelm.scripts.common import quoted
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -650,3 +651,29 @@ def test_mistakes_in_a_reconstruction_are_one_line(arguments, message, capfd, tm
     assert program("reconstruct", f"output={tmp_path}/a.mp4", *arguments) == 2
     assert error_line(capfd).startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
+
+
+def test_free_text_stays_what_it_was():
+    words = ("prompt", "audio", "output")
+    assert quoted("output=null", words) == "output=null" and quoted("seed=3", words) == "seed=3"
+    for argument in ("audio=a.wav", "prompt=it's a star", 'prompt="stop" he said "go"', "prompt='quoted'"):
+        once = quoted(argument, words)
+        assert quoted(once, words) == once  # as in the command that an interrupted call prints
+    assert quoted('prompt="stop" he said "go"', words) == 'prompt=\'"stop" he said "go"\''
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capfd):
+    assert program("evaluate", f"output={tmp_path}") == 2
+    assert "no extension cannot be written; use .json" in error_line(capfd)
+    (tmp_path / "a.json").mkdir()
+    assert program("evaluate", f"output={tmp_path / 'a.json'}") == 2
+    assert "is a folder" in error_line(capfd)
+
+
+@pytest.mark.parametrize("name", ["fast", "model", "blocks"])
+def test_samplers_of_generate_are_none_of_training(name, tokenizer, tmp_path, capfd):
+    output = tmp_path / "x"
+    assert (
+        program("train", *LM, f"stage.tokenizer={tokenizer}/model", *TINY, f"sampler={name}", f"output={output}") == 2
+    )
+    assert "in training, sampler is how the model samples where nothing else is asked for" in error_line(capfd)
