@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import permutations
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -66,6 +66,22 @@ def _symmetric(video: Tensor, draw: np.ndarray) -> Tensor:
     video = video if plain < 0.5 or video.shape[-1] != video.shape[-2] else video.transpose(-1, -2)
     video = video if forward < 0.5 else video.flip(2)
     return video[:, list(permutations(range(3)))[int(colours * 6)]]
+
+
+class VideoOptions(TypedDict, total=False):
+    """The arguments of `Videos` that its subclasses hand on."""
+
+    frames: int
+    size: int | tuple[int, int]
+    fps: float | None
+    split: Split
+    held_out: float | Sequence[str]
+    clips_per_video: int
+    random: Sequence[Chance]
+    controls: Sequence[str]
+    audio: bool
+    remember: bool
+    seed: int
 
 
 class Videos(Dataset[Clip], ABC):
@@ -342,7 +358,7 @@ class VideoFolder(Videos):
     The other arguments are those of `Videos`. With frames=1 pictures count too.
     """
 
-    def __init__(self, root: str | os.PathLike[str], frames: int = 17, **options: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str], frames: int = 17, **options: Unpack[VideoOptions]) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder of videos; check the path")
@@ -379,7 +395,7 @@ class Manifest(Videos):
     arguments are those of `Videos`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str], **options: Unpack[VideoOptions]) -> None:
         self.root = Path(path).parent
         rows = _rows(Path(path))
         self.texts = [text for _, text in rows]

@@ -94,7 +94,8 @@ class Batch:
 class Batches(Dataset):
     """The batches of requests to a source, made when they are asked for.
 
-    requests: of each batch; what is worked out for it is worked out where the batch is made, in the loader's processes.
+    requests: those of each batch. A lazy sequence of them is worked out where the batches are made, in the loader's
+    processes: with several, each of these works out all windows of `GroupedBatches` in which it has a batch.
     """
 
     def __init__(self, source: ClipSource, requests: Sequence[list[Request]]) -> None:
@@ -256,6 +257,8 @@ class ClipData(L.LightningDataModule):
         bounded = trainer is not None and trainer.max_steps > 0
         steps = trainer.max_steps if bounded else len(self.train) // self.batch_size
         steps = max(steps, 1) * (trainer.accumulate_grad_batches if trainer is not None else 1)
+        if ranks > 1 and getattr(trainer, "_accelerator_connector").use_distributed_sampler:  # noqa: B009
+            raise ValueError("the loader shares out its batches itself; set trainer.use_distributed_sampler=false")
         batches = GroupedBatches(
             self.train, self.groups, self.batch_size, steps, self.seed, rank, ranks, self.text_length
         )

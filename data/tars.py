@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Unpack
 
 from reelm.data import images
-from reelm.data.folder import SUFFIXES, TEXT_BYTES, Videos, caption_of
+from reelm.data.folder import SUFFIXES, TEXT_BYTES, VideoOptions, Videos, caption_of
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 TEXT_SUFFIXES = (".txt", ".json")  # in the order in which a caption is looked for
@@ -108,8 +108,10 @@ class Tars(Videos):
         self,
         root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         frames: int = 17,
-        **options: Any,
+        **options: Unpack[VideoOptions],
     ) -> None:
+        if options.get("remember"):
+            raise ValueError("remember=true is for videos in files of their own; leave it out with tars")
         suffixes = SUFFIXES + (images.SUFFIXES if frames == 1 else ())
         self.members: list[Member] = []
         self.texts: list[tuple[Member, str] | None] = []

@@ -53,6 +53,7 @@ class LMTraining(ModelTraining):
         audio: folder of a trained audio tokenizer, for tasks with sound; it stays frozen.
         frame_weights, level_weights, onset, prompt_weight: how much the codes of a clip's first latent frames, those of
             each level of sound, the first of a sound, and those that the prompt tells count in the loss (`Weighting`).
+            `train/loss` is with these weights, what is logged of each task without.
         pack: put the clips of a step into one row, one after the other, so that prompts are not filled up to the
             longest (lm/packed.py). Best with lm.attention=flash.
         actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
@@ -144,7 +145,8 @@ class LMTraining(ModelTraining):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = self.dropped(len(batch.clip))
-        return self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=self.weighting)
+        weighting = self.weighting if self.training else None  # what validation logs is without weights
+        return self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=weighting)
 
     def more(self) -> dict[str, Any]:
         return {"audio": self.audio_tokenizer[0], "actions": self.latent_actions[0]}

@@ -149,12 +149,15 @@ class Head(nn.Module):
         may come, and not of what came.
         """
         chosen = mask[:, 1:] != 0
-        targets = self.split(ids[:, 1:][chosen] - self.offset)
-        first, second = (
-            self.logits_given(states[:, :-1][chosen], targets)[0].float().log_softmax(-1) for states in (hidden, other)
-        )
+        both = [states[:, :-1][chosen] for states in (hidden, other)]
+        rows = max(ROWS_OF_LOGITS // self.size_of_logits, 1)
+        found = []
+        for *states, codes in zip(*(x.split(rows) for x in (*both, ids[:, 1:][chosen] - self.offset)), strict=True):
+            targets = self.split(codes)
+            first, second = (self.logits_given(part, targets)[0].float().log_softmax(-1) for part in states)
+            found.append((first.exp() * (first - second)).sum(-1).clamp_min(0))
         result = torch.zeros(ids.shape, device=ids.device)
-        result[:, 1:][chosen] = (first.exp() * (first - second)).sum(-1).clamp_min(0)
+        result[:, 1:][chosen] = torch.cat(found)
         return result
 
     def mean_loss(

@@ -109,7 +109,7 @@ class Sequence:
         return Sequence(ids, positions, prefix, next_positions=following)
 
     def to(self, *args, **kwargs) -> Sequence:
-        """The same sequence with its tensors moved; a dtype applies to context and latents only."""
+        """The same sequence with its tensors moved; a dtype applies to what is of floats alone."""
 
         def move(value):
             if not isinstance(value, Tensor):

@@ -65,7 +65,8 @@ class Jacobi:
         done, guesses = made.shape[1], Guesses(run, made)
         ids = guesses.ids
         certain = torch.full((run.batch,), done, device=ids.device)  # of each sample; the batch waits for its slowest
-        coupled = _Maximal(run, noise, ids, self.lenience) if self.coupling == "maximal" else None
+        lenience = self.lenience if width > 1 else 1.0  # where it saves nothing it costs nothing
+        coupled = _Maximal(run, noise, ids, lenience) if self.coupling == "maximal" else None
         noise.drop(done)
         if done:
             yield torch.arange(done), made

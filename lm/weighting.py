@@ -29,7 +29,7 @@ class Weighting:
     onset: times that the first code to predict of each level of sound counts more. Where sounds go on as they begin, it
         is the only one that tells whether the model heeds what it is given.
     prompt: an id counts this many times more for each nat by which what the model expects there is another without the
-        prompt (`Head.divergence`). With 0 the prompt makes no difference, nor a second pass for what it makes.
+        prompt (`Head.divergence`). 0: the prompt is not looked at, and there is no second pass.
     """
 
     frames: tuple[float, ...] = ()
@@ -77,5 +77,5 @@ class Weighting:
         if self.levels:
             weights = weights * weights.new_tensor([*self.levels, 1.0])[level]
         first = (level >= 0) & sequence.loss
-        first[:, 1:] &= (level[:, 1:] != level[:, :-1]) | ~sequence.loss[:, :-1]
+        first[:, 1:] &= level[:, 1:] != level[:, :-1]
         return torch.where(first, self.onset * weights, weights)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from reelm.tasks.task import Given
-from reelm.tokenizers.text import LONGEST, MULTIPLE, SentencePieceText, T5Text
+from reelm.tokenizers.text import MULTIPLE, SentencePieceText, T5Text, TextSlots
 
 
 class Preparing:
@@ -22,14 +22,14 @@ class Preparing:
     def __init__(self, tokenizer: nn.Module, text: SentencePieceText | T5Text) -> None:
         self.tokenizer, self.text = tokenizer, text
 
-    def text_length(self, caption: str) -> int:
-        """Text slots that a caption takes."""
-        return self.slots((caption,))
+    @property
+    def text_length(self) -> TextSlots:
+        """What counts the text slots that a caption takes."""
+        return self.text.slots
 
     def slots(self, captions: Iterable[str]) -> int:
         """Text slots of a batch: enough for the longest of its prompts."""
-        longest = max((len(row) for row in self.text.encode([c for c in captions if c])), default=0)
-        return min(max(-(-longest // MULTIPLE), 1) * MULTIPLE, LONGEST)
+        return max(map(self.text_length, captions), default=MULTIPLE)
 
     def alike(self, given: Given) -> list[list[int]]:
         """Numbers of the samples, together where each of them alone would become a sequence of the same length.

@@ -312,6 +312,9 @@ class Embedding:
     def encode(self, texts):
         return [[*map(len, text.split()), 1] for text in texts]
 
+    def slots(self, text):
+        return -(-len(self.encode([text])[0]) // 8) * 8
+
     def __call__(self, texts):
         rows = self.encode(texts)
         length = -(-max(map(len, rows)) // 8) * 8

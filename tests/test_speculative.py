@@ -108,7 +108,7 @@ def test_the_distribution_is_exact_sample_by_sample(coupling):
 
 
 def test_a_wrong_distribution_is_noticed():
-    model, sampling = build("chained"), Sampling(decoding=Jacobi(4, "maximal", lenience=3))
+    model, sampling = build("chained"), Sampling(decoding=Jacobi(4, "maximal", 3, columns=10**6))
     assert surprise(draws(*model, sampling, 4000), exact(*model, sampling)) > 20
 
 
@@ -149,7 +149,7 @@ def test_lenience_keeps_guesses_that_often():
     given, _, where = start(4000, 1)
     p = float(exact_first(transformer, head)[0])  # the first guess is the first code (see below)
     for lenience in (1.0, 1.5, 100.0):
-        way = Sampling(decoding=Jacobi(1, "maximal", lenience=lenience, columns=10**6))
+        way = Sampling(decoding=Jacobi(2, "maximal", lenience=lenience, columns=10**6))
         ids = generate(transformer, head, given, where, way, None, torch.Generator().manual_seed(0))
         kept = float((ids == SPECIAL).float().mean())
         assert kept == pytest.approx(min(1.0, lenience * p), abs=0.03)
@@ -189,6 +189,16 @@ def test_a_sample_does_not_depend_on_its_neighbours():
 def test_large_batches_have_short_windows():
     model, sampling = build("chained", std=0.05), Sampling(guidance=2.0, decoding=Jacobi(10, columns=16))
     assert passes(model, sampling, 20, rows=8)[1] == 20 > passes(model, sampling, 20, rows=1)[1]
+
+
+def test_windows_of_one_are_exact_whatever_the_lenience():
+    transformer, head = build("chained", std=0.6)
+    given, _, where = start(8, 20)
+    ways = (Jacobi(10, "maximal", lenience, columns=16) for lenience in (1.0, 100.0))
+    one, other = (
+        generate(transformer, head, given, where, Sampling(decoding=way), None, seeded(list(range(8)))) for way in ways
+    )
+    assert torch.equal(one, other)
 
 
 def test_first_guesses_come_from_nearby():

@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from reelm.data.clip import Clip
 from reelm.engine.loading import load
 from reelm.engine.video_lm import VideoLM
 from reelm.lm.decoding import OneByOne
@@ -16,6 +18,7 @@ from reelm.lm.sampling import Sampling
 from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
+from reelm.lm.weighting import Weighting
 from reelm.tasks.formats import Format, Formats
 from reelm.tasks.generation import Generation
 from reelm.tasks.known_frames import KnownFrames
@@ -252,3 +255,21 @@ def test_of_a_t5_encoder_the_place_is_kept(model, t5_folder, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match="no config.json in nowhere; T5Text takes a local folder"):
         VideoLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weighting", [Weighting((2.0, 9.0)), Weighting(prompt=50.0)], ids=["frames", "prompt"])
+def test_weights_reach_the_loss_and_not_what_is_logged(model, packed, weighting):
+    clip = Clip(video(2), 5.0, captions=tuple(PROMPTS[:2]))
+    plain, logged = model.loss(clip, "t2v", packed=packed)
+    weighted, also = model.loss(clip, "t2v", packed=packed, weighting=weighting)
+    assert abs(float(weighted.detach() - plain.detach())) > 1e-4
+    torch.testing.assert_close(also["nll"], logged["nll"])
+    nothing = model.loss(clip, "t2v", packed=packed, weighting=Weighting())[0]
+    torch.testing.assert_close(nothing, plain)
+
+
+def test_what_orders_batches_is_small_enough_to_be_sent(model):
+    length = pickle.loads(pickle.dumps(model.packer.text_length))
+    assert all(length(prompt) == model.packer.slots([prompt]) for prompt in PROMPTS) and length("") == 8
+    assert len(pickle.dumps(model.packer.text_length)) < 2 * len(model.text.model) + 2000

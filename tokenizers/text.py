@@ -59,6 +59,11 @@ class SentencePieceText:
         if not self.vocabulary:
             raise ValueError(f"{name} is not a sentencepiece model ({len(model)} bytes)")
 
+    @property
+    def slots(self) -> TextSlots:
+        """What counts the slots of captions."""
+        return TextSlots(self)
+
     def encode(self, texts: Sequence[str], longest: int = LONGEST) -> list[list[int]]:
         """Ids of each text, without an end token; what goes beyond `longest` pieces is left out, with a warning."""
         if isinstance(texts, str):
@@ -114,6 +119,23 @@ class SentencePieceText:
         return cls(written.getvalue())
 
 
+class TextSlots:
+    """How many text slots captions take. It knows no more than the word pieces, so it can be sent to other processes.
+
+    Args:
+        pieces: as which texts are read.
+        end: whether an end token follows each text.
+    """
+
+    def __init__(self, pieces: SentencePieceText, end: bool = False) -> None:
+        self.pieces, self.end = pieces, int(end)
+
+    def __call__(self, caption: str) -> int:
+        """A multiple of 8, at most 64."""
+        count = len(self.pieces.encode([caption], LONGEST - self.end)[0]) + self.end if caption else 0
+        return min(max(-(-count // MULTIPLE), 1) * MULTIPLE, LONGEST)
+
+
 class T5Text(nn.Module):
     """Text as vectors of a frozen T5 encoder.
 
@@ -164,6 +186,11 @@ class T5Text(nn.Module):
     def train(self, mode: bool = True) -> T5Text:
         """Stays in eval mode: a frozen encoder has no use for dropout."""
         return super().train(False)
+
+    @property
+    def slots(self) -> TextSlots:
+        """What counts the slots of captions."""
+        return TextSlots(self.pieces, end=True)
 
     def encode(self, texts: Sequence[str], longest: int = LONGEST) -> list[list[int]]:
         """T5's ids of each text, with its end token; an empty text is the end token alone."""
