@@ -42,7 +42,7 @@ WAYS = {
     "Jacobi": Jacobi(16),
     "Jacobi, maximal coupling": Jacobi(16, "maximal"),
     "Jacobi, window 64": Jacobi(64, columns=128),
-    "Jacobi, lenience 3": Jacobi(32, "maximal", lenience=3),
+    "Jacobi, lenience 3": Jacobi(24, "maximal", lenience=3),
     "Jacobi, lenience 3, window 64": Jacobi(64, "maximal", lenience=3, columns=128),
     "Jacobi, lenience 30, window 64": Jacobi(64, "maximal", lenience=30, columns=128),
     "diagonals": Diagonal(),
