@@ -81,7 +81,7 @@ def evaluate_task(
             true.add(read(target.video[i]), want)
             ceiling.add(read(reconstruction[i]), want)
             if index < 12:
-                shown.append((result.video[i], clip.captions[i]))
+                shown.append((result.video[i], clip.captions[i] if name != "unconditional" else ""))
     total = len(readings)
     for index, (reading, _) in readings.items():
         chance.add(reading, readings[(index + 1) % total][1])
