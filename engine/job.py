@@ -162,9 +162,6 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     steps = job.steps()
     task = ",".join(name for name, _ in steps)
     path, suffix = _outputs(job, steps[-1][0])
-    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
-    sheet = [] if job.samples == 1 else [path.with_suffix(".png")]
-    _spare_inputs([*paths, *sheet, path.with_suffix(".json")], steps)
     model = load(job.model)
     for name, _ in steps:
         model.task(name)
@@ -172,6 +169,9 @@ def run_job(job: Job, sampling: Any, config: dict) -> list[Path]:
     frames = job.frames or (round(job.seconds * (job.fps or model.fps)) + 1 if job.seconds else None)
     form = model.fitting(frames, job.size, job.fps)
     _check_memory(job, max(frames or 1, form.frames), form.size)
+    paths = [path] if job.samples == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(job.samples)]
+    sheet = [] if job.samples == 1 else [path.with_suffix(".png")]
+    _spare_inputs([*paths, *sheet, path.with_suffix(".json")], steps)
     if job.tokens and not isinstance(model, VideoLM):
         raise ValueError(f"tokens={job.tokens} go on with a language model's clip; this is a {model.noun}")
     settings = {  # what the result depends on, so that an interrupted job goes on with the same
