@@ -130,7 +130,7 @@ def test_settings_change_the_model_s_own_way_to_sample(model, folder, tmp_path):
     assert model.sampling_with({"steps": 2}) == Denoising(2, guidance=2.0)
     for changes, message in (
         ({"top_k": 3}, "this model has no sampler.top_k; it has steps, solver, guidance"),
-        ({"steps": "many"}, "sampler.steps is a number such as 4; got 'many'"),
+        ({"steps": "many"}, "sampler.steps is a whole number such as 4; got 'many'"),
         ({"solver": 3}, "sampler.solver is a word such as euler; got 3"),
         ({"solver": "rk4"}, "solver is one of euler, heun"),
     ):
