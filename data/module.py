@@ -257,7 +257,7 @@ class ClipData(L.LightningDataModule):
         bounded = trainer is not None and trainer.max_steps > 0
         steps = trainer.max_steps if bounded else len(self.train) // self.batch_size
         steps = max(steps, 1) * (trainer.accumulate_grad_batches if trainer is not None else 1)
-        if ranks > 1 and getattr(trainer, "_accelerator_connector").use_distributed_sampler:  # noqa: B009
+        if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError("the loader shares out its batches itself; set trainer.use_distributed_sampler=false")
         batches = GroupedBatches(
             self.train, self.groups, self.batch_size, steps, self.seed, rank, ranks, self.text_length

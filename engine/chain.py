@@ -58,8 +58,8 @@ def chain_of(links: Sequence[str | Mapping[str, Any]], inputs: Inputs) -> list[t
             if not isinstance(value, kinds) or isinstance(value, bool):
                 what = "a number" if isinstance(usual[name], float) else "a text"
                 raise ValueError(f"{name}={value} of {task} in chain is not {what}; write it as one")
-        usually = {"start": 0.0} if steps else {}  # that of the first clip is none of the clips made of it
-        mine = replace(inputs.alone(task), **{**usually, **own})
+        own = {"start": 0.0, **own} if steps else own  # that of the first clip is none of the clips made of it
+        mine = replace(inputs.alone(task), **own)
         if steps and task in ("a2v", "av_continuation") and steps[-1][0] not in SOUNDING:
             raise ValueError(f"{task} in chain goes on from sound, and {steps[-1][0]} before it makes none")
         (mine.after(_BLANK, task) if steps else mine).check(task)

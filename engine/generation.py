@@ -127,8 +127,10 @@ def _longer(
     generate: Callable[[Given, str], Clip],
 ) -> Clip:
     """A clip that is to have `frames` frames with one more window after its end, or before its beginning."""
-    loud = clip.audio is not None and "av_continuation" in model.tasks
-    shared = overlap(model, form, "av_continuation" if loud else "continuation")
+    further_task = "continuation" if clip.audio is None else "av_continuation"
+    if task != "backward" and further_task in model.tasks:
+        task = further_task
+    shared = overlap(model, form, task)
     if model.formats is None:  # else it knows whole formats alone
         form = replace(form, frames=min(form.frames, shared + frames - clip.frames))
     given = Given(form.shape, clip.captions, fps=form.fps)
@@ -140,10 +142,8 @@ def _longer(
     video = clip.video[:, :, -shared:]
     given = given.replace(video=video, known=torch.ones_like(video[:, :1], dtype=torch.bool))
     if clip.audio is None:
-        task = "continuation" if "continuation" in model.tasks else task
         further = generate(given, task).video
         return clip.replace(video=torch.cat([clip.video, further[:, :, shared:]], 2))
-    task = "av_continuation" if "av_continuation" in model.tasks else task
     heard = round(shared / form.fps * clip.audio_rate)
     given = given.replace(audio=clip.audio[..., -heard:], audio_rate=clip.audio_rate, asks=("video", "audio"))
     further = generate(given, task)

@@ -136,10 +136,14 @@ def _read(source: str | Clip, form: Format, start: float = 0.0, size: tuple[int,
     return read_video(source, fps=form.fps, frames=form.frames, size=size, start=start, short="repeat")
 
 
-def _fitted(clip: Clip, form: Format, start: float, size: tuple[int, int]) -> Clip:
-    """What `read_video` makes of a file, of a clip that was made."""
+def _check_start(clip: Clip, start: float) -> None:
     if start >= clip.frames / clip.fps:
         raise ValueError(f"start={start} lies after the end of the clip that was made before; give an earlier second")
+
+
+def _fitted(clip: Clip, form: Format, start: float, size: tuple[int, int]) -> Clip:
+    """What `read_video` makes of a file, of a clip that was made."""
+    _check_start(clip, start)
     index = ((torch.arange(form.frames) / form.fps + start) * clip.fps).round().long().clamp_max(clip.frames - 1)
     video = clip.video[:, :, index.to(clip.video.device)]
     if clip.size != size:
@@ -179,8 +183,7 @@ def _sound(source: str | Clip, form: Format, rate: int, start: float = 0.0) -> T
             return reader.read(start, seconds, rate)
     if source.audio is None:
         raise ValueError("the clip that was made before has no sound to go on from")
-    if start >= source.frames / source.fps:
-        raise ValueError(f"start={start} lies after the end of the clip that was made before; give an earlier second")
+    _check_start(source, start)
     audio = source.audio
     if source.audio_rate != rate:
         waves = [resampled(wave, source.audio_rate, rate) for wave in audio.cpu().float().numpy()]

@@ -110,7 +110,7 @@ class LMTraining(ModelTraining):
         if sound is not None:
             self.audio_hash = store.fingerprint(sound)
             made = AudioVisual(vocabulary, lm.width, made, sound.levels)
-        self.weighting = Weighting(tuple(frame_weights or ()), tuple(level_weights or ()), onset, prompt_weight)
+        self.weighting = Weighting(frame_weights or (), level_weights or (), onset, prompt_weight)
         if continuous and frame_weights:
             raise ValueError("stage.frame_weights is for heads of codes; leave it out with continuous tokens")
         if prompt_weight and not isinstance(made, Head | AudioVisual):

@@ -143,10 +143,8 @@ class _Maximal:
             clocks, q = exponential(q, generator).flatten(0, 1), q.flatten(0, 1)
             rest = (p - q).clamp_min(0)
             self.last.append(p.view(batch, stop - start, -1))
-            ratio = p.gather(-1, guess[:, None]) / q.gather(-1, guess[:, None])
-            lucky = (-exponential(p.new_empty(batch, stop - start), generator)).exp().view(
-                -1, 1
-            ) < self.lenience * ratio
+            ratio = self.lenience * p.gather(-1, guess[:, None]) / q.gather(-1, guess[:, None])
+            lucky = (-exponential(p.new_empty(batch, stop - start), generator)).exp().view(-1, 1) < ratio
             keep = lucky | (rest.sum(-1, keepdim=True) == 0)
             return torch.where(keep[:, 0], guess, race(rest, clocks))
 

@@ -9,6 +9,7 @@ distribution of the data.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,11 @@ class Weighting:
 
     def __post_init__(self) -> None:
         for name in ("frames", "levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if not all(weight > 0 for weight in getattr(self, name)):
-                raise ValueError(f"{name[:-1]}_weights are numbers above 0; got {list(getattr(self, name))}")
+            given = getattr(self, name)
+            numbers = given if isinstance(given, Collection) else [None]
+            if not all(isinstance(weight, int | float) and weight > 0 for weight in numbers):
+                raise ValueError(f"{name[:-1]}_weights are a list of numbers above 0; got {given}")
+            object.__setattr__(self, name, tuple(given))
         if self.onset <= 0:
             raise ValueError(f"onset={self.onset}; give a number above 0, of which 1 counts all ids alike")
         if self.prompt < 0:

@@ -44,8 +44,9 @@ def test_each_id_has_its_weight():
 
 
 def test_weights_that_cannot_be():
-    with pytest.raises(ValueError, match="frame_weights are numbers above 0"):
-        Weighting(frames=(1, 0))
+    for wrong in ((1, 0), 3, "a"):
+        with pytest.raises(ValueError, match="frame_weights are a list of numbers above 0; got "):
+            Weighting(frames=wrong)
     with pytest.raises(ValueError, match="level_weights are 3 numbers, one for each level"):
         Weighting(levels=(1, 1)).check(3)
     with pytest.raises(ValueError, match="onset=0; give a number above 0"):
