@@ -196,7 +196,7 @@ def decode_arm(model: VideoLM, tokens: int) -> Arm:
     """One clip, token by token, with guidance: both halves of the batch read the weights together."""
     given, lm = Given(model.shape, (PROMPT,), fps=model.fps), model.lm
     sequence = model.packer.pack(given, model.task("t2v").marker)
-    unprompted = model.packer.without_prompt(sequence)
+    unprompted = sequence.without_prompt()
     where = Tokens.positions(model.packer.grid(given))[:tokens]
     sampling = Sampling(top_p=0.95, guidance=2.0)
 

@@ -68,7 +68,7 @@ def step(model: VideoLM, lm: LanguageModel, tokens: int, sampling: Sampling) -> 
     """Passes of one token each, with all that belongs to them; the first one, of the prompt, is among them."""
     given = Given(model.shape, (PROMPT,), fps=model.fps)
     sequence = model.packer.pack(given, model.task("t2v").marker)
-    unprompted, where = model.packer.without_prompt(sequence), Tokens.positions(model.packer.grid(given))[:tokens]
+    unprompted, where = sequence.without_prompt(), Tokens.positions(model.packer.grid(given))[:tokens]
 
     def work() -> None:
         generate(lm.transformer, lm.visual, sequence, where, sampling, unprompted, seeded([0]))

@@ -108,9 +108,9 @@ class VideoLM(VideoModel):
             if weighting is not None:
                 levels = getattr(self.lm.head, "levels", 0)
                 sequence = sequence.replace(loss=weighting.of(sequence, self.lm.head.vocabulary, levels))
-        if weighting is None or not weighting.prompt or not any(given.captions):
+        if weighting is None or not weighting.prompt or not self.packer.prompted(given):
             return self.lm.loss(sequence)
-        return self.lm.loss(sequence, unprompted=self.packer.without_prompt(sequence), prompt_weight=weighting.prompt)
+        return self.lm.loss(sequence, unprompted=sequence.without_prompt(), prompt_weight=weighting.prompt)
 
     def _decode(self, batch: Batch, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
         """The clips' codes `(B, t, h, w)` so far, and which of them `(t * h * w,)` are there, after each pass."""
@@ -139,7 +139,7 @@ class VideoLM(VideoModel):
             sequence,
             where,
             sampling,
-            self.packer.without_prompt(sequence),
+            sequence.without_prompt(),
             seeded([seed + level * LEVEL_SEEDS for seed in batch.seeds], self.device),
             batch.account.begin(len(where), self.device),
         )
@@ -216,7 +216,7 @@ class VideoLM(VideoModel):
         where = Tokens.positions(grid, self.device)[known.shape[1] :]
         options = {
             "sampling": sampling,
-            "unconditional": self.packer.without_prompt(sequence),
+            "unconditional": sequence.without_prompt(),
             "generator": seeded(batch.seeds, self.device),
         }
         made = account.begin(len(where), self.device)

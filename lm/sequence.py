@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from reelm.lm.vocabulary import Special
 
 Segments = tuple[tuple[int, int], ...]  # columns and prefix of each sequence of a packed row
 
@@ -34,6 +37,8 @@ class Sequence:
         there are none.
     actions: `(B, L)` int64: for a masked head, the number of the action that leads to the frame of a column, -1 where
         none does. None: none does anywhere.
+    prompt: `(B, L)` bool: the ids that say what is to be made, which guidance leaves out (`without_prompt`). None: none
+        does, or only the context.
     text: first column of the prompt and the one after its last, the same in all rows, for transformers that attend to
         it apart from the sequence. None: there is no prompt, or it is not told which columns it has.
     segments: columns and prefix of each sequence of a packed row (packed.py), which is the only row; `prefix` is then
@@ -50,6 +55,7 @@ class Sequence:
     interior: Tensor | None = None
     latents: Tensor | None = None
     actions: Tensor | None = None
+    prompt: Tensor | None = None
     text: tuple[int, int] | None = None
     segments: Segments | None = None
 
@@ -95,6 +101,15 @@ class Sequence:
             positions=torch.cat([self.positions, more], 1),
             next_positions=None,
             loss=None,
+            prompt=None if self.prompt is None else F.pad(self.prompt, (0, ids.shape[1])),
+        )
+
+    def without_prompt(self) -> Sequence:
+        """The same with `<pad>` in place of its prompt, for classifier-free guidance."""
+        told, mask = self.prompt, self.context_mask
+        return self.replace(
+            ids=self.ids if told is None else torch.where(told, int(Special.pad), self.ids),
+            context_mask=None if mask is None else torch.zeros_like(mask),
         )
 
     def without_text(self) -> Sequence:

@@ -8,7 +8,8 @@ first tokens of the clip itself, so T2V, image to video and continuation differ 
 frames further on go in as images at their own time, several in a row as a clip, anything else that is known as a clip
 with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
 multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
-guidance) means <pad> in place of the text.
+guidance) means <pad> in place of the text, and where a clip is made from its sound or a sound from its clip, in place
+of what is told.
 The end tokens are left out: the length is asked for, not predicted. A model of several formats is told size, frame rate
 and length after the task. Where sound alone is to be made, <boa_o> is the last of the prefix.
 
@@ -89,13 +90,13 @@ class Packer(Preparing):
         self.refines = masked and not continuous  # tokens of what is known stand in the places of those to make
 
     def _text(self, captions: tuple[str, ...], drop: Tensor, slots: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Ids `(B, slots)`, and vectors and their mask where the text model embeds the text itself."""
-        drop = drop | torch.tensor([not caption for caption in captions], device=drop.device)
+        """Ids `(B, slots)`, and vectors and their mask where the text model embeds the text itself, which is dropped
+        here already."""
         if self.text.vocabulary:
             rows = [[self.vocabulary.text_range.start + i for i in row] for row in self.text.encode(list(captions))]
             rows = [row + [int(Special.pad)] * (slots - len(row)) for row in rows]
-            ids = torch.tensor(rows, device=drop.device)[:, :slots]
-            return torch.where(drop[:, None], int(Special.pad), ids), None, None
+            return torch.tensor(rows, device=drop.device)[:, :slots], None, None
+        drop = drop | torch.tensor([not caption for caption in captions], device=drop.device)
         vectors, mask = (x.to(drop.device) for x in self.text(list(captions)))
         short = slots - vectors.shape[1]
         vectors, mask = F.pad(vectors.float(), (0, 0, 0, short)), F.pad(mask, (0, short))
@@ -180,15 +181,23 @@ class Packer(Preparing):
         tokens = sequence.ids if sequence.latents is None else sequence.latents
         return tokens[:, start : sequence.length - int(sequence.loss[0].sum())]
 
-    def without_prompt(self, sequence: Sequence) -> Sequence:
-        """The same sequence with its prompts left out, as `pack` with `unprompted=True` makes it."""
-        pieces = self.vocabulary.text_range
-        text = (sequence.ids >= pieces.start) & (sequence.ids < pieces.stop)
-        mask = sequence.context_mask
-        return sequence.replace(
-            ids=torch.where(text, int(Special.pad), sequence.ids),
-            context_mask=None if mask is None else torch.zeros_like(mask),
-        )
+    def prompted(self, given: Given) -> bool:
+        """Whether there is a prompt, without which something else would be expected."""
+        return any(given.captions) or self._made_from(given) is not None
+
+    def _made_from(self, given: Given) -> range | None:
+        """Ids of what is told where the other of video and sound alone is to be made: they prompt as a text does."""
+        if given.asks == ("video",) and given.audio is not None:
+            return self.vocabulary.audio_range
+        return self.vocabulary.visual_range if given.asks == ("audio",) and given.video is not None else None
+
+    def _prompt(self, ids: Tensor, prefix: int, given: Given) -> Tensor:
+        """`(B, L)` bool: which ids say what is to be made (`Sequence.prompt`)."""
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for kind in (self.vocabulary.text_range, self._made_from(given)):
+            if kind is not None:
+                found[:, :prefix] |= (ids[:, :prefix] >= kind.start) & (ids[:, :prefix] < kind.stop)
+        return found
 
     def pack(
         self,
@@ -290,8 +299,9 @@ class Packer(Preparing):
         # the site that each position predicts: the next one's, for the last one the next of the grid
         following = where[count] if count < len(where) else stacked[-1]
         next_positions = torch.cat([stacked[1:], following[None]])
+        told = self._prompt(all_ids, prefix, given)
         return Sequence(
-            ids=all_ids,
+            ids=torch.where(drop[:, None] & told, int(Special.pad), all_ids),
             positions=stacked.expand(batch, -1, -1),
             next_positions=next_positions.expand(batch, -1, -1),
             prefix=prefix,
@@ -301,6 +311,7 @@ class Packer(Preparing):
             interior=interior,
             latents=torch.cat(points, 1) if points else None,
             actions=self._actions(given, all_ids.shape[1], per_frame),
+            prompt=told,
             text=(first, first + text.shape[1]),
         )
 

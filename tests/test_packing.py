@@ -178,7 +178,7 @@ def test_formats_are_told_after_the_task(packer, frames):
         assert torch.equal(torch.cat([value[:, :2], value[:, 2 + more :]], 1), getattr(plain, name)), name
     bare = told.pack(split(task, whole), task.marker)
     assert torch.equal(told.known_in(bare), packer.known_in(packer.pack(split(task, whole), task.marker)))
-    assert told.without_prompt(bare).ids[:, 2 : 2 + more].tolist() == [asked, asked]
+    assert bare.without_prompt().ids[:, 2 : 2 + more].tolist() == [asked, asked]
 
 
 def test_a_size_of_no_format_is_refused(packer):

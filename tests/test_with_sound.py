@@ -1,6 +1,7 @@
 """Tasks of video and sound: what is told, the sequence, the head, the model, and what a user hands in."""
 
 import json
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -221,6 +222,30 @@ def test_inference_sees_the_prefix_of_training(model, clip, name):
     assert inference.length == inference.prefix == training.prefix
     for field in ("ids", "positions", "next_positions"):
         assert torch.equal(getattr(training, field)[:, : training.prefix], getattr(inference, field)), field
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_guidance_leaves_out_what_is_made_from(model, clip, name):
+    """The prompt, and of a clip for its sound or a sound for its clip all of it: no prompt is told there."""
+    given = split(name, clip)
+    told = model.packer.pack(given, TASKS[name].marker)
+    without = told.without_prompt()
+    assert torch.equal(without.ids, model.packer.pack(given, TASKS[name].marker, unprompted=True).ids)
+    vocabulary = model.lm.head.vocabulary
+    ranges = {"a2v": vocabulary.audio_range, "v2a": vocabulary.visual_range}
+    left_out = ranges.get(name, vocabulary.text_range)
+    expected = (told.ids >= left_out.start) & (told.ids < left_out.stop)
+    assert expected.any() and torch.equal(without.ids != told.ids, expected) and torch.equal(told.prompt, expected)
+    assert (without.ids[expected] == int(Special.pad)).all() and model.packer.prompted(given)
+    one = model.packer.pack(given, TASKS[name].marker, unprompted=torch.tensor([True, False])).ids
+    assert torch.equal(one, torch.stack([without.ids[0], told.ids[1]]))
+
+
+def test_guidance_makes_a_clip_heed_its_sound(model, clip):
+    given = split("a2v", clip)
+    ways = [replace(FAST, guidance=guidance) for guidance in (1.0, 3.0)]
+    free, guided = (model.generate(given, "a2v", way, seed=0).video for way in ways)
+    assert not torch.equal(free, guided)
 
 
 def test_a_model_without_sound_says_so(model, clip):
