@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,17 @@ def check_output(output: Path, resume: bool) -> None:
 
 def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:
     """Fits and exports; returns the exit status (143 when a SIGTERM ended it early, as shells expect)."""
-    checkpoint = output / LAST
+    checkpoint, new = output / LAST, not output.exists()
     if trainer.accelerator.__class__.__name__ == "CPUAccelerator":
         keep_freed_memory()
     try:
         trainer.fit(module, data, ckpt_path=str(checkpoint) if resume else None, weights_only=True if resume else None)
-    except RuntimeError as error:
-        if not resume or "Error(s) in loading state_dict" not in str(error):
-            raise
-        raise ValueError(
-            f"{checkpoint} is of a model of another shape; give the settings it was trained with"
-        ) from error
+    except Exception as error:
+        if new and trainer.is_global_zero and not trainer.global_step:  # of a mistake, logs of no step are left
+            shutil.rmtree(output, ignore_errors=True)
+        if resume and isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
+            raise ValueError(
+                f"{checkpoint} is of a model of another shape; give the settings it was trained with"
+            ) from error
+        raise
     return SIGTERM_STATUS if was_terminated(trainer) else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -123,8 +123,8 @@ def overlap(model: VideoModel, form: Format, task: str = "") -> int:
     more than the task was learned with."""
     step = model.tokenizer.compression[0]
     count = 1 + max(min(round(form.fps / step), (form.frames - 1) // (2 * step)), 1) * step
-    learned = getattr(model.tasks.get(task), "first", ())
-    most = max(learned) if isinstance(learned, (tuple, list)) and learned else 0
+    ends = (getattr(model.tasks.get(task), end, 0) for end in ("first", "last"))
+    most = max(max(end, default=0) if isinstance(end, Collection) else end for end in ends)
     return min(count, most) if most > step else count
 
 

@@ -41,7 +41,8 @@ class LMTraining(ModelTraining):
         task: a task or a mixture of them.
         optimisation: learning rate and schedule.
         text: a trained text model, or the number of word pieces of one to be trained on the captions.
-        text_drop: share of prompts left out, for classifier-free guidance.
+        text_drop: share of prompts left out, for classifier-free guidance; also of the sounds and clips that a clip or
+            its sound is made from.
         compile: let torch compile the blocks (half a minute at the start, and a C++ compiler on CPUs; faster steps).
         checkpointing: keep of each block only what goes in and compute the rest again in the backward pass: less
             memory, about a third more work.

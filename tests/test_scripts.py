@@ -1,16 +1,11 @@
 """The programs, as a user runs them."""
 
-import csv
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, process, program, train_tokenizer
 
 from reelm.data.clip import Clip
 from reelm.data.tokens import TokenShards
@@ -25,43 +20,10 @@ from reelm.lm.masked_diffusion import MaskedDenoising
 from reelm.lm.token_diffusion import TokenDenoising
 from reelm.scripts.common import quoted
 
-ROOT = Path(__file__).parents[1]
-TINY = (
-    "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=2", "data.workers=0",
-    "data.validation_clips=2", "tokenizer=tiny", "quantizer.bits=12", "lm=tiny", "trainer.accelerator=cpu",
-    "+trainer.enable_progress_bar=false",
-)  # fmt: skip
-LM = ("stage=lm", "stage.text=400")
-
-
-def program(name: str, *arguments: str) -> int:
-    """Runs scripts/<name>.py in this process; its exit status."""
-    before, GlobalHydra.instance().hydra = sys.argv, None
-    sys.argv = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return 0
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = before
-        GlobalHydra.instance().clear()
-
-
-def process(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    where = os.pathsep.join([str(ROOT / ".links"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer trained for two steps by the program."""
-    output = tmp_path_factory.mktemp("tokenizer")
-    assert program("train", "stage=tokenizer", f"output={output}", *TINY) == 0
-    return output
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_a_tokenizer_is_trained(tokenizer):
@@ -206,19 +168,6 @@ def test_prompts_can_be_read_by_t5(tokenizer, t5_folder, tmp_path):
     assert VideoLM.from_pretrained(tmp_path / "model").generate("a red star").video.shape == (1, 3, 17, 64, 64)
 
 
-def test_weights_to_begin_with_must_fit(tokenizer, tmp_path, capfd):
-    only = ("stage=tokenizer", "stage.part=decoder", f"output={tmp_path}", *TINY)
-    assert program("train", *only) == 2 and "goes on from a trained tokenizer" in error_line(capfd)
-    assert program("train", *only, f"init={tokenizer}/model", "quantizer.bits=13") == 2
-    assert "keeps the tokens" in error_line(capfd)
-    other = ("task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", *LM, *TINY)
-    assert program("train", *other, "init=pretrained/zoetrope") == 2
-    assert "trained on tokens of another tokenizer" in error_line(capfd)
-    assert program("train", *other, "init=pretrained/zoetrope/lm") == 2
-    assert "init=... names the folder that holds lm/" in error_line(capfd)
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
 def test_the_jobs_of_a_sweep_have_folders_and_are_set_side_by_side(tokenizer, tmp_path, capfd):
     common = ("task=t2v", "stage.text=400", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}/sweep")
     small = ("denoiser=tiny", "data.train.size=32", "data.train.frames=5")
@@ -252,9 +201,6 @@ def continuous(tmp_path_factory) -> Path:
     tiny = [argument for argument in TINY if not argument.startswith("quantizer")]
     assert program("train", "stage=tokenizer", "quantizer=continuous", f"output={output}", *tiny) == 0
     return output
-
-
-DIFFUSION = ("stage=diffusion", "denoiser=tiny", "stage.text=400", "stage.sampling.steps=2")
 
 
 def test_a_model_that_denoises_is_trained_resumed_and_used(continuous, tmp_path):
@@ -313,186 +259,11 @@ def test_latent_actions_are_learned_and_clips_played_by_them(tokenizer, tmp_path
         assert message in capsys.readouterr().err
 
 
-def test_codes_are_denoised_as_points_from_stored_tokens_too(tokenizer, tokens, tmp_path):
-    common = (*DIFFUSION, f"stage.tokenizer={tokenizer}/model", "task=i2v", *TINY)
-    assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}/first") == 0
-    again = (*common, f"output={tmp_path}/second", f"init={tmp_path}/first/model")
-    assert program("train", *again, "data.train.size=32", "data.train.frames=9") == 0
-    text = [(tmp_path / run / "model/text.model").read_bytes() for run in ("first", "second")]
-    assert text[0] == text[1]
-
-
-CLIPS = (
-    "data=folder", "data.train.size=32", "data.train.frames=9", "data.train.held_out=[v6,v7]",
-    "data.validation.clips_per_video=2",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    root, world = tmp_path_factory.mktemp("videos"), Zoetrope(size=(32, 48))
-    for number in range(10):  # eight to train on: a second pass over them would draw other crops of the clips
-        write_video(root / f"v{number}.mp4", world.get(number))
-        (root / f"v{number}.txt").write_text(world.caption(number))
-    return root
-
-
-@pytest.fixture(scope="module")
-def tokens(tokenizer, videos, tmp_path_factory) -> Path:
-    """Tokens of a folder of videos, made by the program."""
-    output = tmp_path_factory.mktemp("tokens")
-    arguments = (*CLIPS, f"data.root={videos}", "shard_clips=4", "workers=0", "batch_size=2")
-    assert program("encode", *arguments, f"model={tokenizer}/model", f"output={output}") == 0
-    return output
-
-
-def losses(output: Path) -> list[float]:
-    with open(output / "logs/metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [float(row[name]) for row in rows for name in ("train/loss", "val/nll") if row.get(name)]
-
-
-@pytest.mark.parametrize("task", ["t2v", "continuation"])
-def test_stored_tokens_train_as_the_clips_they_are_of_do(task, tokenizer, videos, tokens, tmp_path):
-    common = (*LM, *TINY, f"task={task}", f"stage.tokenizer={tokenizer}/model", "trainer.log_every_n_steps=1")
-    common += ("trainer.precision=32-true",) + (("task.first=[5]",) if task == "continuation" else ())
-    assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}/tokens") == 0
-    assert program("train", *common, *CLIPS, f"data.root={videos}", f"output={tmp_path}/clips") == 0
-    assert losses(tmp_path / "tokens") == pytest.approx(losses(tmp_path / "clips"), rel=1e-6)
-    assert len(losses(tmp_path / "tokens")) == 3 and list((tmp_path / "tokens/samples").glob("*.mp4"))
-
-
 def test_a_multirun_needs_no_output(tokenizer, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["-m", "head=chained,masked", f"stage.tokenizer={tokenizer}/model", "trainer.max_steps=0", *LM[1:]]
     assert program("train", *given) == 2 and "the schedule wsd needs an end" in error_line(capfd)
     assert (tmp_path / "outputs" / "lm" / "multirun.yaml").is_file()
-
-
-def test_a_mixture_of_what_needs_no_pixels_is_trained_on_tokens(tokenizer, tokens, tmp_path):
-    pixels = "backward interpolation connection loop inpainting outpainting stylization".split()
-    without = [f"task.weights.{name}=0" for name in pixels]
-    without += ["task.parts.continuation.first=[5]", "trainer.max_steps=8", "data.workers=1"]
-    common = (*LM, *TINY, *without, f"stage.tokenizer={tokenizer}/model")
-    assert program("train", *common, "data=tokens", f"data.root={tokens}", f"output={tmp_path}") == 0
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["stage=lm", "task=inpainting"], "inpainting needs pixels and data=tokens holds none"),
-        (["stage=lm", "task=stylization"], "stylization needs pixels"),
-        (["stage=lm", "task=mixture"], "backward needs pixels"),
-        (
-            ["stage=lm", "task=t2v", "stage.tokenizer=pretrained/zoetrope/tokenizer"],
-            "{tokens}/train holds tokens of an",
-        ),
-        (["stage=tokenizer"], "a tokenizer is trained on pixels"),
-    ],
-)
-def test_what_tokens_cannot_train_is_one_line(arguments, message, tokenizer, tokens, tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    common = [] if arguments[0] == "stage=tokenizer" else ["stage.text=400", f"stage.tokenizer={tokenizer}/model"]
-    given = [*TINY, *common, *arguments, "data=tokens", f"data.root={tokens}", "quantizer.bits=18"]
-    assert program("train", *given, f"output={tmp_path}") == 2
-    assert error_line(capfd).startswith(f"error: {message.format(tokens=tokens)}")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "data.root is not set"),
-        (["data.root=nowhere"], "nowhere: no such folder"),
-        (["data=zoetrope", "data.train.size=60"], "a clip of 17 frames of 60 x 60 does not fit this tokenizer"),
-        (["data=zoetrope", "model=nowhere"], "no model nowhere"),
-        (["tokenizer=nowhere"], "no setting tokenizer"),
-    ],
-)
-def test_mistakes_in_what_to_encode_are_one_line(arguments, message, tokenizer, capfd, tmp_path):
-    model = [] if any(argument.startswith("model=") for argument in arguments) else [f"model={tokenizer}/model"]
-    assert program("encode", *model, *arguments, f"output={tmp_path}/new") == 2
-    assert error_line(capfd).startswith(f"error: {message}")
-    assert not (tmp_path / "new").exists()
-
-
-def test_training_again_needs_a_word(tokenizer, capfd):
-    assert program("train", "stage=tokenizer", f"output={tokenizer}", *TINY) == 2
-    assert "continue it with resume=true" in error_line(capfd)
-
-
-def error_line(capfd) -> str:
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["stage=lm", "stage.tokenizer=nowhere"], "no model at nowhere"),
-        (["stage=lm", "head=dit_flow"], "head=dit_flow is no head of the language model"),
-        (["stage=lm", "head=per_token_diffusion", "head.repeats=0"], "repeats is 1 or more; got 0"),
-        (["stage=diffusion", "denoiser=tiny", "denoiser.layers=xy"], "layers are a letter for each block"),
-        (["stage=diffusion", "denoiser=tiny", "stage.tokenizer=nowhere"], "no model at nowhere"),
-        (["stage=diffusion", "denoiser=tiny", "objective.drawn=often"], "times are drawn logit_normal or uniform"),
-        (["stage=lm", "stage.text={_target_:reelm.tokenizers.text.T5Text,path:nowhere}"], "no config.json in nowhere"),
-        (["stage=lm", "stage.formats=3"], "formats are a list such as [{frames:17,size:[64,64],fps:8}]; got 3"),
-        (["stage=lm", "stage.formats=[9]"], "a format is such as {frames:17,size:[64,64],fps:8}; got 9"),
-        (["stage=tokenizer", "data.batch_size=2.5"], "batch_size=2.5 must be 1 or more, and a whole number"),
-        (["stage=tokenizer", "ema=2"], "ema=2 is no share of the average that stays"),
-        (["stage=tokenizer", "tokenizer.channels=[16]"], "1 channels ask for 0 strides"),
-        (["stage=tokenizer", "+tokenizer.colour=3"], "stage.tokenizer: "),
-        (["stage=tokenizer", "stage.optimisation.schedule=linear"], "schedule is cosine, wsd or constant"),
-        (["stage=tokenizer", "data=folder", "data.root=nowhere"], "nowhere: no such folder"),
-        (["stage=tokenizer", "resume=true"], "resume=true but there is no"),
-        (["stage=tokenizer", "trainer.accelerator=abacus"], "You selected an invalid accelerator"),
-    ],
-)
-def test_mistakes_inside_are_one_line_too(arguments, message, capfd, tmp_path):
-    assert program("train", *TINY, *arguments, f"output={tmp_path}/new") == 2
-    assert error_line(capfd).startswith(f"error: {message}")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["generate", "prompt="], "task=t2v needs prompt=..."),
-        (["generate", "task=a2v"], "task=a2v needs audio=..."),
-        (["generate", "task=t2v", "prompt=x", "audio=a clip.mp4"], "task=t2v has no use for audio=a clip.mp4; leave"),
-        (["generate", "prompt=x", "frames=two"], "frames=two; give a whole number from 1"),
-        (["generate", "prompt=x", "size=[64]"], "size=[64]; give [height,width] in pixels, or one side of a square"),
-        (["generate", "prompt=x", "fps=fast"], "fps=fast; give a number above 0"),
-        (["generate", "prompt=x", "chain=t2v"], "chain=t2v is no list; write it as one, such as chain=[t2i,i2v]"),
-        (["generate", "prompt=x", "chain=[t2v,dance]"], "chain has the task dance, which there is not; tasks are t2v"),
-        (["generate", "prompt=x", "sampler.guidance_schedule=odd"], "guidance_schedule is one of constant, linear, co"),
-        (["generate", "prompt=x", "frames=4000000001"], "frames=4000000001 with samples=1 take "),
-        (["generate", "prompt=x", "model=natural"], "model=natural is a tokenizer alone, which makes no clips"),
-        (["generate", "prompt=x", "sampler.steps=5"], "this model has no sampler.steps; it has temperature"),
-        (["evaluate", "tasks=t2v"], "tasks=t2v is no list; write tasks=[t2v]"),
-        (["evaluate", "splits=[odd]"], "unknown split 'odd': choose one of train, validation, compositional"),
-        (["evaluate", "clips=2.5"], "clips=2.5; give a whole number from 1 on"),
-        (["evaluate", "tasks=[dance]"], "this model has no task 'dance'; it was trained for t2v"),
-    ],
-)
-def test_mistakes_of_users_are_one_line(arguments, message, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    name, *settings = arguments
-    assert program(name, *settings, f"output={tmp_path}/a.{'mp4' if name == 'generate' else 'json'}") == 2
-    assert error_line(capfd).startswith(f"error: {message}")
-    assert not list(tmp_path.iterdir())
-
-
-def test_nothing_but_one_line_and_status_two():
-    done = process("train", "task=t3v")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: unknown task 't3v'; did you mean t2v?") and done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_a_traceback_can_be_asked_for():
-    done = process("train", "task=t3v", REELM_TRACEBACK="1")
-    assert done.returncode != 0 and "Traceback" in done.stderr
 
 
 def test_lightning_command_line(tmp_path, capfd):
@@ -524,23 +295,6 @@ def test_lightning_command_line_trains_language_models(tokenizer, tmp_path):
     assert VideoLM.from_pretrained(tmp_path / "model").tasks.keys() == {"t2v"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fit", "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz=3"),
-        (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
-        (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--trainer.max_steps=few"], "few"),
-        (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--model.init_args.optimisation.init_args.lrr=1"], "'lrr'"),
-        (["fitt"], "'fitt'"),
-        (["fit", f"--config={ROOT}/conf/cli/tokenizer.yaml", "--trainer.accelerator=cpu", "--trainer.devices=0"], "0"),
-        (["fit", f"--config={ROOT}/conf/cli/lm.yaml", "--model.init_args.tokenizer=none"], "error: no model at none"),
-    ],
-)
-def test_mistakes_in_the_lightning_command_line_are_one_line(arguments, message, capfd):
-    assert program("cli", *arguments) == 2
-    assert message in error_line(capfd)
-
-
 @pytest.mark.parametrize("setting", ["stage.pack=true", "stage.checkpointing=true"])
 def test_packed_and_checkpointed_training_has_the_losses_of_the_plain_one(tokenizer, tmp_path, setting):
     common = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", "trainer.log_every_n_steps=1")
@@ -552,76 +306,11 @@ def test_packed_and_checkpointed_training_has_the_losses_of_the_plain_one(tokeni
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
 
 
-def test_what_cannot_be_packed_is_told(tokenizer, tmp_path, capfd):
-    given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", f"output={tmp_path}", "stage.pack=true")
-    for other in ("head=masked", "lm=pixelcnn"):
-        assert program("train", *given, other) == 2
-        assert error_line(capfd).startswith("error: stage.pack=true is for transformers that go on, without lm.layout")
-    assert program("train", *given, "stage.pack=false", "stage.checkpointing=true", "lm=pixelcnn") == 2
-    assert "are for networks of blocks; PixelCNN has none" in error_line(capfd)
-
-
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     done = process("train", "stage=tokenizer", "trainer=ddp", f"output={tmp_path}", *TINY)
     assert done.returncode == 0, done.stderr
     assert store.load(tmp_path / "model").vocabulary == 4096
-
-
-def test_the_benchmark_runs_without_a_trained_model(tmp_path):
-    output = tmp_path / "b.json"
-    assert program("benchmark", "quick=true", "model=null", "tokenizer=tiny", "lm=tiny", f"output={output}") == 0
-    results = json.loads(output.read_text())
-    assert results["weights"] == "random" and not results["trustworthy"]
-    rates = results["rates"]
-    assert {"stream", "gemm fp32", "gemm bf16", "conv3d fp32", "render", "loader", "train", "decode"} <= set(rates)
-    assert all(entry["rate"] > 0 for entry in rates.values())
-    assert 0 < rates["train"]["share"] < 2 and 0 < rates["tokenizer encode"]["share"] < 2
-
-
-def test_tokenizers_are_measured_without_peers(tmp_path):
-    output, small = tmp_path / "b.json", ("tokenizer=tiny", "paper.channels=[8,8,8,8]", "paper.blocks=[1,1,1,1]")
-    assert program("benchmark", "suite=tokenizer", "quick=true", *small, f"output={output}") == 0
-    results = json.loads(output.read_text())
-    assert not results["trustworthy"] and set(results["parameters"]) == {"default", "paper"}
-    assert {row["what"] for row in results["rows"]} == {"encode", "decode"} and "conv3d fp32" in results["ceilings"]
-
-
-def test_ways_of_decoding_are_measured(tmp_path):
-    output, small = tmp_path / "b.json", ("tokenizer=tiny", "lm=tiny", "data.train.size=[32,32]", "data.train.frames=5")
-    assert program("benchmark", "suite=decode", "quick=true", "model=null", *small, f"output={output}") == 0
-    results = json.loads(output.read_text())
-    assert not results["trustworthy"] and {"box", "larger"} == set(results["costs"]["parameters"])
-    assert all(results["costs"]["times_transformers"][size]["float32"] > 0 for size in ("box", "larger"))
-    ways = results["ways"]
-    assert ways["Jacobi (float32)"]["same_tokens"] == ways["one by one (float32) again"]["same_tokens"] == 1
-    assert ways["Jacobi, window 64 (float32)"]["same_tokens"] == 1
-    lenient, exact = (ways[f"Jacobi, {name} (float32)"]["passes"] for name in ("lenience 3", "maximal coupling"))
-    assert lenient <= exact < ways["one by one (float32)"]["passes"]
-
-
-def test_training_is_measured(tmp_path):
-    output, small = tmp_path / "b.json", ("tokenizer=tiny", "lm=tiny", "data.train.size=[32,32]", "data.batch_size=4")
-    assert program("benchmark", "suite=train", "quick=true", "model=null", *small, f"output={output}") == 0
-    results = json.loads(output.read_text())
-    assert not results["trustworthy"] and 0.2 < results["loop"]["trainer_over_bare"] < 20
-    assert 0.5 < results["tokens"]["default"] <= results["tokens"]["packed"] < 1
-    assert 0 <= results["waiting"]["share"] < 1
-    assert {"step", "step, packed", "step, checkpointing", "gemm fp32"} < set(results["steps"]["rates"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is written without a GPU")
-def test_without_a_gpu_no_figure_stands_under_a_gpu_figures_name(tmp_path, capsys):
-    assert program("benchmark", "suite=gpu", "quick=true", f"output={tmp_path}/b.json") == 0
-    results = json.loads((tmp_path / "b.json").read_text())
-    assert results["figures"] == {} and results["device"] is None and not results["trustworthy"]
-    missing = results["missing"]
-    ran = ("copy_bytes_per_s", "attention_prefix_flex_over_causal", "decode_1b_graph_share_of_copy")
-    assert {missing[name] for name in (*ran, "train_300m_sdpa_tokens_per_s", "train_1b_sdpa_share_of_gemm")} == {
-        "no GPU"
-    }
-    assert all("flash" in name for name, why in missing.items() if why != "no GPU")
-    assert "no GPU: everything above was run with toy models" in capsys.readouterr().out
 
 
 def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
@@ -638,23 +327,6 @@ def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
     assert "has no sound" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give video=..., the path of a clip or picture"),
-        (["video=nowhere.mp4", "codecs=[h265]"], "codec 'h265' is unknown"),
-        (["video=nowhere.mp4", "model=nowhere"], "no model nowhere: give a folder"),
-        (["video=nowhere.mp4", "tokenizer=tiny"], "no setting tokenizer"),
-        (["video=nowhere.mp4", "size=big"], "size='big' is no number"),
-        (["video=nowhere.mp4", "frames=many"], "frames is a number such as 65"),
-    ],
-)
-def test_mistakes_in_a_reconstruction_are_one_line(arguments, message, capfd, tmp_path):
-    assert program("reconstruct", f"output={tmp_path}/a.mp4", *arguments) == 2
-    assert error_line(capfd).startswith(f"error: {message}")
-    assert not list(tmp_path.iterdir())
-
-
 def test_free_text_stays_what_it_was():
     words = ("prompt", "audio", "output")
     assert quoted("output=null", words) == "output=null" and quoted("seed=3", words) == "seed=3"
@@ -662,20 +334,3 @@ def test_free_text_stays_what_it_was():
         once = quoted(argument, words)
         assert quoted(once, words) == once  # as in the command that an interrupted call prints
     assert quoted('prompt="stop" he said "go"', words) == 'prompt=\'"stop" he said "go"\''
-
-
-def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capfd):
-    assert program("evaluate", f"output={tmp_path}") == 2
-    assert "no extension cannot be written; use .json" in error_line(capfd)
-    (tmp_path / "a.json").mkdir()
-    assert program("evaluate", f"output={tmp_path / 'a.json'}") == 2
-    assert "is a folder" in error_line(capfd)
-
-
-@pytest.mark.parametrize("name", ["fast", "model", "blocks"])
-def test_samplers_of_generate_are_none_of_training(name, tokenizer, tmp_path, capfd):
-    output = tmp_path / "x"
-    assert (
-        program("train", *LM, f"stage.tokenizer={tokenizer}/model", *TINY, f"sampler={name}", f"output={output}") == 2
-    )
-    assert "in training, sampler is how the model samples where nothing else is asked for" in error_line(capfd)
