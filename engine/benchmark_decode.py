@@ -42,9 +42,9 @@ WAYS = {
     "Jacobi": Jacobi(16),
     "Jacobi, maximal coupling": Jacobi(16, "maximal"),
     "Jacobi, window 64": Jacobi(64, columns=128),
-    "Jacobi, lenience 3": Jacobi(24, "maximal", lenience=3),
-    "Jacobi, lenience 3, window 64": Jacobi(64, "maximal", lenience=3, columns=128),
+    "Jacobi, lenience 30": Jacobi(24, "maximal", lenience=30),
     "Jacobi, lenience 30, window 64": Jacobi(64, "maximal", lenience=30, columns=128),
+    "Jacobi, lenience 30, window 128": Jacobi(128, "maximal", lenience=30, columns=256),
     "diagonals": Diagonal(),
     "blocks, 2 x 2": Blocks(2, 2),
 }

@@ -9,8 +9,9 @@ its distribution hardly changed:
 - "maximal": a guess drawn from q stays with probability min(1, p / q), and otherwise gives way to a draw from
   max(0, p - q). No coupling keeps more guesses from one pass to the next.
 
-With lenience (Leviathan et al., arXiv:2211.17192, appendix A.5) the maximal coupling keeps guesses more often than the
-distribution allows: still fewer passes, for tokens that are less likely than they should be.
+With lenience (Leviathan et al., arXiv:2211.17192, appendix A.5) the maximal coupling keeps guesses that were drawn more
+often than the distribution allows: still fewer passes, for tokens that are less likely than they should be. First
+guesses, which nothing but their neighbours speaks for, are kept no more often than they may.
 
 Both couplings are exact for codes of several parts too, since the parts are drawn one after the other. Given the tokens
 before it, each guess of a token is a draw from the distribution of its pass, and that of the last pass is the right
@@ -38,8 +39,8 @@ class Jacobi:
 
     window: tokens that are guessed at once.
     coupling: of the draws of a token in two passes: "gumbel" or "maximal".
-    lenience: of the maximal coupling: a guess stays with this many times the probability that it may; 1 is exact, more
-        is faster and loses quality.
+    lenience: of the maximal coupling: a guess that was drawn stays with this many times the probability that it may; 1
+        is exact, more is faster. What lies outside of top_p never stays.
     columns: what a pass reads at most, over all samples and guidance: large batches have shorter windows, since a
         processor that is busy gains nothing from fewer passes.
     """
@@ -120,7 +121,8 @@ class Guesses:
 
 
 class _Maximal:
-    """Draws that stay with the guess as often as any can that have the right distribution, or `lenience` times that."""
+    """Draws that stay with the guess as often as any can that have the right distribution, or `lenience` times that
+    where the guess was drawn itself."""
 
     def __init__(self, run: Run, noise: Noise, ids: Tensor, lenience: float = 1.0) -> None:
         self.run, self.noise, self.ids, self.lenience = run, noise, ids, lenience
@@ -143,7 +145,8 @@ class _Maximal:
             clocks, q = exponential(q, generator).flatten(0, 1), q.flatten(0, 1)
             rest = (p - q).clamp_min(0)
             self.last.append(p.view(batch, stop - start, -1))
-            ratio = self.lenience * p.gather(-1, guess[:, None]) / q.gather(-1, guess[:, None])
+            ratio = p.gather(-1, guess[:, None]) / q.gather(-1, guess[:, None])
+            ratio.view(batch, -1)[:, :kept] *= self.lenience
             lucky = (-exponential(p.new_empty(batch, stop - start), generator)).exp().view(-1, 1) < ratio
             keep = lucky | (rest.sum(-1, keepdim=True) == 0)
             return torch.where(keep[:, 0], guess, race(rest, clocks))
