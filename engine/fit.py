@@ -81,16 +81,23 @@ def check_output(output: Path, resume: bool) -> None:
         check_checkpoint(checkpoint)
 
 
+def _forget(output: Path) -> None:
+    """Takes the folder of a run away that a mistake ended before its first step, if there is nothing but logs in it."""
+    if output.is_dir() and {path.name for path in output.iterdir()} <= {"logs", "tensorboard"}:
+        shutil.rmtree(output, ignore_errors=True)
+
+
 def run(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, output: Path, resume: bool) -> int:
     """Fits and exports; returns the exit status (143 when a SIGTERM ended it early, as shells expect)."""
-    checkpoint, new = output / LAST, not output.exists()
+    checkpoint = output / LAST
+    new = not output.exists()  # an older folder may hold what is somebody's
     if trainer.accelerator.__class__.__name__ == "CPUAccelerator":
         keep_freed_memory()
     try:
         trainer.fit(module, data, ckpt_path=str(checkpoint) if resume else None, weights_only=True if resume else None)
     except Exception as error:
-        if new and trainer.is_global_zero and not trainer.global_step:  # of a mistake, logs of no step are left
-            shutil.rmtree(output, ignore_errors=True)
+        if new and trainer.is_global_zero and not trainer.global_step:
+            _forget(output)
         if resume and isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
             raise ValueError(
                 f"{checkpoint} is of a model of another shape; give the settings it was trained with"

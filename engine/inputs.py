@@ -120,11 +120,11 @@ def whole_length(frames: int, step: int, note: Callable[[str], None]) -> int:
 
 def overlap(model: VideoModel, form: Format, task: str = "") -> int:
     """Frames of one window that the next one starts from: about a second (VideoPoet, section 5.3), at most half, and no
-    more than the task was learned with."""
+    more than the task was learned with where that is more than one latent frame."""
     step = model.tokenizer.compression[0]
     count = 1 + max(min(round(form.fps / step), (form.frames - 1) // (2 * step)), 1) * step
-    ends = (getattr(model.tasks.get(task), end, 0) for end in ("first", "last"))
-    most = max(max(end, default=0) if isinstance(end, Collection) else end for end in ends)
+    learned = getattr(model.tasks.get(task), "last" if task == "backward" else "first", 0)
+    most = max(learned, default=0) if isinstance(learned, Collection) else learned
     return min(count, most) if most > step else count
 
 

@@ -251,17 +251,18 @@ class VideoLM(VideoModel):
         seed: int,
         progress: Callable[[int, int], None] | None,
         made: list[Tensor] | None,
+        asks: tuple[str, ...],
     ) -> list[Batch]:
-        """The samples in batches of which none depends on its neighbours."""
+        """The samples in batches of which none depends on its neighbours; asks: what of them is to be made now."""
         rows = self.packer.alike(given)
         parts = [given] if len(rows) == 1 else [given[some] for some in rows]
         parts = [self._played(part, [seed + row for row in some]) for part, some in zip(parts, rows, strict=True)]
         sequences = [self.packer.pack(part, self.task(task).marker) for part in parts]
         total = 0
         for part, sequence in zip(parts, sequences, strict=True):
-            if "video" in given.asks:
+            if "video" in asks:
                 total += len(part) * (prod(self.packer.grid(part)) - self.packer.known_in(sequence).shape[1])
-            if "audio" in given.asks:
+            if "audio" in asks:
                 total += len(part) * self.packer.sound.places(part)[..., 0].numel()
         account = Account(made, len(given), total, progress)
         return [
@@ -289,7 +290,7 @@ class VideoLM(VideoModel):
             interrupted is gone on from.
         """
         given, sampling = self._given(given, task), self._how(sampling)
-        batches = self._batches(given, task, seed, progress, made)
+        batches = self._batches(given, task, seed, progress, made, given.asks)
         clips = [self._clip(batch, sampling) for batch in batches]
         rows = [batch.rows for batch in batches]
         video = in_order([clip[0] for clip in clips], rows) if "video" in given.asks else given.video
@@ -332,7 +333,7 @@ class VideoLM(VideoModel):
         given, sampling = self._given(given, task), self._how(sampling)
         if "video" not in given.asks:
             raise ValueError(f"task={task} makes sound alone, and only frames are streamed; call generate")
-        batches = self._batches(given.replace(asks=("video",)), task, seed, progress, made)
+        batches = self._batches(given, task, seed, progress, made, ("video",))
         yield from in_step([self._frames(batch, sampling) for batch in batches], [batch.rows for batch in batches])
 
     def _frames(self, batch: Batch, sampling: Sampling | TokenDenoising) -> Iterator[Tensor]:

@@ -39,8 +39,8 @@ class Sequence:
         none does. None: none does anywhere.
     prompt: `(B, L)` bool: the ids that say what is to be made, which guidance leaves out (`without_prompt`). None: none
         does, or only the context.
-    text: first column of the prompt and the one after its last, the same in all rows, for transformers that attend to
-        it apart from the sequence. None: there is no prompt, or it is not told which columns it has.
+    text: first column of the text and the one after its last, the same in all rows, for transformers that attend to
+        it apart from the sequence. None: there is no text, or it is not told which columns it has.
     segments: columns and prefix of each sequence of a packed row (packed.py), which is the only row; `prefix` is then
         0. None: each row is one sequence.
     """
@@ -113,7 +113,7 @@ class Sequence:
         )
 
     def without_text(self) -> Sequence:
-        """Where the columns are without those of the prompt; it has no more to be filled in or predicted."""
+        """Where the columns are without those of the text; it has no more to be filled in or predicted."""
         start, stop = self.text
 
         def rest(x: Tensor) -> Tensor:

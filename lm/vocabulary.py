@@ -34,7 +34,7 @@ class Special(IntEnum):
     eoa_o = 14
     mask = 15
     text = 16  # a column whose vector comes from the sequence's embedded context
-    null = 17  # stands for a condition that was dropped
+    null = 17  # reserved: what is left out for guidance is <pad>
     latent = 18  # a column whose vector is made of the sequence's latent
 
 

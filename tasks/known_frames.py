@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
-from reelm.tasks.task import Given, mask_video, random_int
+from reelm.tasks.task import Given, mask_video, one_of
 
 
 def known_ends(clip: Clip, first: int, last: int, device: torch.device) -> Given:
@@ -48,13 +48,9 @@ class KnownFrames:
         least = min(self.first) + min(ends)
         if least >= clip.frames:
             raise ValueError(f"{self.name} knows {least} frames; a clip of {clip.frames} leaves none to make")
-        first = _one([n for n in self.first if n + min(ends) < clip.frames], generator)
-        last = _one([n for n in ends if first + n < clip.frames], generator) if len(ends) > 1 else ends[0]
+        first = one_of([n for n in self.first if n + min(ends) < clip.frames], generator)
+        last = one_of([n for n in ends if first + n < clip.frames], generator) if len(ends) > 1 else ends[0]
         return known_ends(clip, first, last, clip.device), clip
-
-
-def _one(lengths: list[int], generator: torch.Generator | None) -> int:
-    return lengths[random_int(0, len(lengths) - 1, generator)]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ frames further on go in as images at their own time, several in a row as a clip,
 with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
 multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
 guidance) means <pad> in place of the text, and where a clip is made from its sound or a sound from its clip, in place
-of what is told.
-The end tokens are left out: the length is asked for, not predicted. A model of several formats is told size, frame rate
-and length after the task. Where sound alone is to be made, <boa_o> is the last of the prefix.
+of what is told. The end tokens are left out: the length is asked for, not predicted. A model of several formats is told
+size, frame rate and length after the task. Where sound alone is to be made, <boa_o> is the last of the prefix.
 
 For a masked head the tokens to predict are columns of the sequence from the start, and what is known beyond the leading
 frames stands at its place among them (`Sequence.interior`; COMMIT, arXiv:2212.05199, section 3.2): the tokens of the
@@ -183,9 +182,9 @@ class Packer(Preparing):
 
     def prompted(self, given: Given) -> bool:
         """Whether there is a prompt, without which something else would be expected."""
-        return any(given.captions) or self._made_from(given) is not None
+        return any(given.captions) or self._source_ids(given) is not None
 
-    def _made_from(self, given: Given) -> range | None:
+    def _source_ids(self, given: Given) -> range | None:
         """Ids of what is told where the other of video and sound alone is to be made: they prompt as a text does."""
         if given.asks == ("video",) and given.audio is not None:
             return self.vocabulary.audio_range
@@ -194,7 +193,7 @@ class Packer(Preparing):
     def _prompt(self, ids: Tensor, prefix: int, given: Given) -> Tensor:
         """`(B, L)` bool: which ids say what is to be made (`Sequence.prompt`)."""
         found = torch.zeros_like(ids, dtype=torch.bool)
-        for kind in (self.vocabulary.text_range, self._made_from(given)):
+        for kind in (self.vocabulary.text_range, self._source_ids(given)):
             if kind is not None:
                 found[:, :prefix] |= (ids[:, :prefix] >= kind.start) & (ids[:, :prefix] < kind.stop)
         return found
@@ -299,9 +298,9 @@ class Packer(Preparing):
         # the site that each position predicts: the next one's, for the last one the next of the grid
         following = where[count] if count < len(where) else stacked[-1]
         next_positions = torch.cat([stacked[1:], following[None]])
-        told = self._prompt(all_ids, prefix, given)
+        prompt = self._prompt(all_ids, prefix, given)
         return Sequence(
-            ids=torch.where(drop[:, None] & told, int(Special.pad), all_ids),
+            ids=torch.where(drop[:, None] & prompt, int(Special.pad), all_ids),
             positions=stacked.expand(batch, -1, -1),
             next_positions=next_positions.expand(batch, -1, -1),
             prefix=prefix,
@@ -311,7 +310,7 @@ class Packer(Preparing):
             interior=interior,
             latents=torch.cat(points, 1) if points else None,
             actions=self._actions(given, all_ids.shape[1], per_frame),
-            prompt=told,
+            prompt=prompt,
             text=(first, first + text.shape[1]),
         )
 

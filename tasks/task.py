@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Protocol
@@ -92,6 +92,11 @@ class Task(Protocol):
 def random_int(low: int, high: int, generator: torch.Generator | None) -> int:
     """A whole number from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def one_of(numbers: Sequence[int], generator: torch.Generator | None) -> int:
+    """One of these numbers, each as probable."""
+    return numbers[random_int(0, len(numbers) - 1, generator)]
 
 
 def mask_video(clip: Clip, known: Tensor) -> tuple[Tensor, Tensor]:

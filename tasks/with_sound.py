@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from reelm.data.clip import Clip
-from reelm.tasks.task import Given, mask_video, random_int
+from reelm.tasks.task import Given, mask_video, one_of
 
 KINDS = ("video", "audio")
 
@@ -17,7 +17,8 @@ class WithSound:
     """Some of a clip's video and sound is told as a whole, the rest is to be made.
 
     told: what is given as a whole, of "video" and "audio". asks: what is to be made, the video first. first: how many
-    leading frames of what is to be made are known, with their sound; one of several numbers by chance.
+    leading frames of what is to be made are known, with their sound; one by chance of several numbers that leave some
+    of the clip to make.
     """
 
     name: str
@@ -45,9 +46,9 @@ class WithSound:
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         if clip.audio is None:
             raise ValueError(f"{self.name} needs the sound of clips; the data source gave none")
-        first = self.first[random_int(0, len(self.first) - 1, generator)]
-        if first >= clip.frames:
-            raise ValueError(f"{self.name} knows {first} frames; a clip of {clip.frames} leaves none to make")
+        if min(self.first) >= clip.frames:
+            raise ValueError(f"{self.name} knows {min(self.first)} frames; a clip of {clip.frames} leaves none to make")
+        first = one_of([n for n in self.first if n < clip.frames], generator)
         video = known = audio = None
         seen = clip.frames if "video" in self.told else first
         if seen:

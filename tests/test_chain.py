@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import FAST, material_in, small_model
 
+from making import FAST, material_in, small_model
 from reelm.engine.chain import chain_of, make_chain
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs

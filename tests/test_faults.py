@@ -96,6 +96,35 @@ def faults(patch: pytest.MonkeyPatch) -> dict[str, Callable[[TokenizerTraining],
     }
 
 
+class Fail(Callback):
+    """Writes as a logger does, and something else if it is told so, and fails before a step."""
+
+    def __init__(self, output: Path, step: int, other: str | None = None) -> None:
+        self.output, self.step, self.other = output, step, other
+
+    def on_train_batch_start(self, trainer, training, batch, index) -> None:
+        for name in ("logs", "tensorboard", *([self.other] if self.other else [])):
+            (self.output / name).mkdir(parents=True, exist_ok=True)
+        if trainer.global_step == self.step:
+            raise ValueError("a mistake")
+
+
+@pytest.mark.parametrize(
+    ("step", "other", "before", "left"),
+    [
+        (0, None, False, False), (1, None, False, True), (0, "samples", False, True), (0, "model", False, True),
+        (0, None, True, True),
+    ],
+)  # fmt: skip
+def test_only_logs_of_no_step_are_taken_away(step, other, before, left, tmp_path):
+    output = tmp_path / "run"
+    if before:
+        output.mkdir()
+    with pytest.raises(ValueError, match="a mistake"):
+        trained(module(), output, 3, Fail(output, step, other))
+    assert output.exists() == left and (not left or (output / "logs").is_dir())
+
+
 @pytest.mark.parametrize(
     ("fault", "quantizer"),
     [

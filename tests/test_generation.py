@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import FAST, TASKS, material_in, small_model
 from PIL import Image
 
+from making import FAST, TASKS, material_in, small_model
 from reelm.data.reading import read_video
 from reelm.data.writing import write_image
 from reelm.engine.generation import make

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from making import FAST, small_model
 
+from making import FAST, small_model
 from reelm.data.clip import Clip
 from reelm.data.reading import probe
 from reelm.data.writing import write_image, write_video

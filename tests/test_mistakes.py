@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from programs import LM, ROOT, TINY, error_line, process, program, train_tokenizer
 
 
@@ -59,6 +60,12 @@ def test_mistakes_inside_are_one_line_too(arguments, message, capfd, tmp_path):
     assert program("train", *TINY, *arguments, f"output={tmp_path}/new") == 2
     assert error_line(capfd).startswith(f"error: {message}")
     assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_sound_need_sound(tokenizer, tmp_path, capfd):
+    given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", "stage.level_weights=[4,2]")
+    assert program("train", *given, f"output={tmp_path}/new") == 2
+    assert error_line(capfd).startswith("error: stage.level_weights are for tasks with sound")
 
 
 def test_what_the_first_batch_shows_leaves_nothing_behind(tokenizer, tmp_path, capfd):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, process, program, train_tokenizer
 
+from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, process, program, train_tokenizer
 from reelm.data.clip import Clip
 from reelm.data.tokens import TokenShards
 from reelm.data.writing import write_video

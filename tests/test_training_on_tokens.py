@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, program, train_tokenizer
 
+from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, program, train_tokenizer
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
 

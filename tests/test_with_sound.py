@@ -32,6 +32,7 @@ from reelm.lm.sampling import Sampling
 from reelm.lm.speculative import Jacobi
 from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import SPECIAL, Special, Vocabulary, task_token
+from reelm.lm.weighting import Weighting
 from reelm.tasks.generation import Generation
 from reelm.tasks.packing import CONDITION_TIME, TEXT_TIME, Packer
 from reelm.tasks.sound import SOUND_ROW, SoundTokens
@@ -104,6 +105,14 @@ def test_what_is_told_and_what_is_asked(clip):
 def test_impossible_tasks_are_refused(wrong):
     with pytest.raises(ValueError, match="odd tells some of video, audio and asks for others"):
         WithSound("odd", **wrong)
+
+
+def test_of_several_beginnings_those_count_that_leave_some_to_make(clip):
+    task, short = WithSound("av_continuation", first=(1, 5)), clip.replace(video=clip.video[:, :, :5])
+    assert {task.split(short, torch.Generator().manual_seed(seed))[0].leading for seed in range(9)} == {1}
+    assert {task.split(clip, torch.Generator().manual_seed(seed))[0].leading for seed in range(9)} == {1, 5}
+    with pytest.raises(ValueError, match="av_continuation knows 1 frames; a clip of 1 leaves none to make"):
+        task.split(clip.replace(video=clip.video[:, :, :1]))
 
 
 def test_a_clip_without_sound_is_named(clip):
@@ -241,6 +250,16 @@ def test_guidance_leaves_out_what_is_made_from(model, clip, name):
     assert torch.equal(one, torch.stack([without.ids[0], told.ids[1]]))
 
 
+@pytest.mark.parametrize("name", ["v2a", "a2v"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_codes_count_more_where_what_they_are_made_from_tells_of_them(model, clip, name, packed):
+    torch.manual_seed(0)
+    plain, weighted = (model.loss(clip, name, packed=packed, weighting=Weighting(prompt=k))[0] for k in (0.0, 8.0))
+    dropped = model.loss(clip, name, torch.tensor([True, True]), packed=packed, weighting=Weighting(prompt=8.0))[0]
+    assert abs(weighted - plain) > 1e-3
+    torch.testing.assert_close(dropped, model.loss(clip, name, torch.tensor([True, True]), packed=packed)[0])
+
+
 def test_guidance_makes_a_clip_heed_its_sound(model, clip):
     given = split("a2v", clip)
     ways = [replace(FAST, guidance=guidance) for guidance in (1.0, 3.0)]
@@ -307,6 +326,13 @@ def test_known_sound_comes_back_as_its_own_tokens(model, clip):
     made = model.generate(split("av_continuation", clip), "av_continuation")
     known = model.audio.decode(model.audio.encode(clip.audio[..., :10_000]))
     torch.testing.assert_close(made.audio[..., :10_000], known, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t2v", "a2v", "t2av", "av_continuation"])
+def test_streamed_frames_are_those_of_the_whole_clip(model, clip, name):
+    given, sampling = split(name, clip), replace(FAST, guidance=3.0)
+    frames = torch.cat(list(model.stream(given, name, sampling, seed=5)), 2)
+    torch.testing.assert_close(frames, model.generate(given, name, sampling, seed=5).video, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
