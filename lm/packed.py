@@ -64,7 +64,7 @@ def tables(segments: Segments, device: torch.device) -> Tables:
     return Tables(*(c.to(device) for c in columns), starts, tuple(int(count.max()) for count in counts))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # torch 2.11 compiles anew for each number of segments where a dataclass is frozen
 class Packed:
     """Attention of one packed row (`View` of layouts.py).
 
@@ -76,7 +76,7 @@ class Packed:
     function: Callable[..., Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "function", _never_compiled())
+        self.function = _never_compiled()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `(1, heads, L, D)`, k and v `(1, kv_heads, L, D)`; returns `(1, heads, L, D)`."""
