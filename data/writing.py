@@ -147,7 +147,8 @@ def _write_container(path: Path, frames: np.ndarray, clip: Clip, suffix: str, qu
         ".mp4": ("libx264", {"crf": str(quality), "preset": "medium"}),
         ".webm": ("libvpx-vp9", {"crf": str(quality), "b": "0", "cpu-used": "4", "row-mt": "1"}),
     }[suffix]
-    # bitexact: no random identifiers, so that the same clip makes the same file
+    # bitexact: no random identifiers. Still the same clip may make another file: on a busy host libx264 was seen to
+    # code a frame differently in one file of some hundreds.
     container = {"fflags": "+bitexact"} | ({"movflags": "faststart"} if suffix == ".mp4" else {})
     with av.open(os.fspath(path), "w", format=suffix[1:], options=container) as out:
         stream = out.add_stream(codec, rate=rate, options=options)

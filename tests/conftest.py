@@ -21,6 +21,38 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def model():
+    """`making.small_model`, where a file has no model of its own."""
+    from making import small_model
+
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def box(model, tmp_path_factory):
+    """The folder of the file's model."""
+    folder = tmp_path_factory.mktemp("box") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """`making.material_in` a folder."""
+    from making import material_in
+
+    return material_in(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """`programs.train_tokenizer` in a folder, where a file has no tokenizer of its own."""
+    from programs import train_tokenizer
+
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory):
     """A tiny random T5 encoder with a unigram model, as T5's own are."""

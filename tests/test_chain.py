@@ -1,26 +1,13 @@
 """Tasks in a chain, each given what the one before made."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from making import FAST, material_in, small_model
+from making import FAST
 from reelm.engine.chain import chain_of, make_chain
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs
 from reelm.engine.job import Job
-from reelm.engine.video_lm import VideoLM
-
-
-@pytest.fixture(scope="module")
-def model() -> VideoLM:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return material_in(tmp_path_factory.mktemp("material"))
 
 
 def test_a_chain_gives_each_task_what_the_one_before_made(model, material):

@@ -1,28 +1,16 @@
 """What a user hands to generate, and what comes out."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
 
-from making import FAST, TASKS, material_in, small_model
+from making import FAST, TASKS
 from reelm.data.reading import read_video
 from reelm.data.writing import write_image
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs, overlap
 from reelm.engine.video_lm import VideoLM
 from reelm.tasks.formats import Format, Formats
-
-
-@pytest.fixture(scope="module")
-def model() -> VideoLM:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return material_in(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,8 @@
 """What a user does wrong is told in one line."""
 
-from pathlib import Path
-
 import pytest
 
-from programs import LM, ROOT, TINY, error_line, process, program, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+from programs import LM, ROOT, TINY, error_line, process, program
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, process, program, train_tokenizer
+from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, process, program
 from reelm.data.clip import Clip
 from reelm.data.tokens import TokenShards
 from reelm.data.writing import write_video
@@ -19,11 +19,6 @@ from reelm.engine.video_lm import VideoLM
 from reelm.lm.masked_diffusion import MaskedDenoising
 from reelm.lm.token_diffusion import TokenDenoising
 from reelm.scripts.common import quoted
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_a_tokenizer_is_trained(tokenizer):

@@ -4,15 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, program, train_tokenizer
+from programs import DIFFUSION, LM, ROOT, TINY, error_line, losses, program
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
 
 CLIPS = (
     "data=folder", "data.train.size=32", "data.train.frames=9", "data.train.held_out=[v6,v7]",
