@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
-from reelm.engine.inputs import Inputs, at_ends, first_given, overlap, whole_length
+from reelm.engine.inputs import Inputs, at_ends, first_given, from_last, overlap, whole_length
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
 from reelm.tasks.formats import Format
@@ -136,7 +136,8 @@ def _longer(
     given = Given(form.shape, clip.captions, fps=form.fps)
     if task == "backward":
         video, known = at_ends(form, None, clip.video[:, :, :shared])
-        given = given.replace(video=video, known=known.expand(len(clip), -1, -1, -1, -1))
+        known = known.expand(len(clip), -1, -1, -1, -1)
+        given = given.replace(video=video, known=known, from_last=from_last(model, task))
         further = generate(given, task).video
         return clip.replace(video=torch.cat([further[:, :, :-shared], clip.video], 2))
     video = clip.video[:, :, -shared:]

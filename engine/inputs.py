@@ -229,12 +229,17 @@ def at_ends(form: Format, first: Tensor | None, last: Tensor | None) -> tuple[Te
     return video, known
 
 
+def from_last(model: VideoModel, task: str) -> bool:
+    """Whether the model makes clips of this task from the last latent frame to the first."""
+    return getattr(model.task(task), "from_last", False)
+
+
 def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samples: int, frames: int) -> Given:
     """What the model is told for its first window of a clip that is to have `frames` frames."""
     inputs.check(task)
     size, step = form.size, model.tokenizer.compression[0]
     prompt = inputs.prompt if getattr(model.task(task), "prompted", True) else ""
-    given = Given(form.shape, (prompt,) * samples, fps=form.fps)
+    given = Given(form.shape, (prompt,) * samples, fps=form.fps, from_last=from_last(model, task))
     most = min(overlap(model, form, task), max(min(form.frames, frames) - step, 1))
     video = known = None
     if task == "i2v":

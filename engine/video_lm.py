@@ -115,15 +115,18 @@ class VideoLM(VideoModel):
     def _decode(self, batch: Batch, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
         """The clips' codes `(B, t, h, w)` so far, and which of them `(t * h * w,)` are there, after each pass."""
         known, grid = self.packer.known_in(batch.sequence), self.packer.grid(batch.given)
-        where, skip = Tokens.positions(grid, self.device), known.shape[1]
-        codes = known.new_zeros(len(known), len(where))
-        codes[:, :skip] = self.lm.head.vocabulary.from_visual(known)
-        there = torch.arange(len(where)) < skip
+        order, skip = self.packer.order(batch.given), known.shape[1]
+        where, order = Tokens.positions(grid, self.device)[order[skip:]], order.cpu()
+        codes = known.new_zeros(len(known), len(order))
+        codes[:, order[:skip]] = self.lm.head.vocabulary.from_visual(known)
+        there = torch.zeros(len(order), dtype=torch.bool)
+        there[order[:skip]] = True
         yield codes.unflatten(1, grid), there
         head = self.lm.visual
-        for numbers, ids in self._part(head, batch, batch.sequence, where[skip:], sampling):
-            codes[:, numbers + skip] = self.lm.head.vocabulary.from_visual(ids)
-            there[numbers.cpu() + skip] = True
+        for numbers, ids in self._part(head, batch, batch.sequence, where, sampling):
+            places = order[numbers.cpu() + skip]
+            codes[:, places] = self.lm.head.vocabulary.from_visual(ids)
+            there[places] = True
             yield codes.unflatten(1, grid), there
 
     def _part(
@@ -213,7 +216,8 @@ class VideoLM(VideoModel):
         """
         sequence, account, grid = batch.sequence, batch.account, self.packer.grid(batch.given)
         known = self.packer.known_in(sequence)
-        where = Tokens.positions(grid, self.device)[known.shape[1] :]
+        order = self.packer.order(batch.given)
+        where = Tokens.positions(grid, self.device)[order[known.shape[1] :]]
         options = {
             "sampling": sampling,
             "unconditional": sequence.without_prompt(),
@@ -239,7 +243,7 @@ class VideoLM(VideoModel):
                 made=made,
                 **options,
             )
-        tokens = torch.cat([known, made], 1).unflatten(1, grid)
+        tokens = torch.cat([known, made], 1)[:, order.argsort()].unflatten(1, grid)
         if self.packer.space is not None:
             return self.packer.space.decode(tokens.movedim(-1, 1))
         return decode_within_memory(self.tokenizer, self.lm.head.vocabulary.from_visual(tokens))

@@ -59,7 +59,10 @@ class Blocks:
 
 
 def _places(run: Run) -> list[Place]:
-    return [tuple(place) for place in run.positions[0].tolist()]
+    """Places, with the number of the frame in the order of making as time."""
+    places = run.positions[0].tolist()
+    frames = {time: i for i, time in enumerate(dict.fromkeys(time for time, _, _ in places))}
+    return [(frames[time], row, column) for time, row, column in places]
 
 
 def _in_groups(
@@ -70,7 +73,8 @@ def _in_groups(
     A token is predicted by the column to its left, else by that which `before` names, else by the one above it, else by
     the newest, if these were made. A column that predicts two is read twice, and the copy is dropped.
     """
-    number = {place: i for i, place in enumerate(_places(run))}
+    places = _places(run)
+    number = {place: i for i, place in enumerate(places)}
     ids = torch.zeros(run.batch, run.steps, dtype=torch.long, device=made.device)
     unread: list[int] = []
     done: set[int] = set()
@@ -79,7 +83,7 @@ def _in_groups(
         asked = dict.fromkeys(unread)  # what the column of each new token predicts
         copies: list[tuple[int, int]] = []
         for target in group if done else ():
-            time, row, column = (int(x) for x in run.positions[0, target])
+            time, row, column = places[target]
             near = (number.get((time, row, column - 1)), before.get(target), number.get((time, row - 1, column)))
             parent = next((n for n in near if n in done), unread[-1])
             if parent in asked and asked[parent] is None:

@@ -94,8 +94,8 @@ class Jacobi:
 class Guesses:
     """The tokens of a run, of which those that were not drawn yet stand as they do nearby.
 
-    The first guess of a token is that at the same place a frame before, else of the row above, else of the column to
-    the left, else the token before it.
+    The first guess of a token is that at the same place a frame before, or after, else of the row above, else of the
+    column to the left, else the token before it.
     """
 
     def __init__(self, run: Run, made: Tensor) -> None:
@@ -107,7 +107,7 @@ class Guesses:
         column = {tuple(place): i for i, place in enumerate(places)}
         self.source = []
         for i, (time, row, col) in enumerate(places[run.columns :], run.columns):
-            near = ((time - 1, row, col), (time, row - 1, col), (time, row, col - 1))
+            near = ((time - 1, row, col), (time + 1, row, col), (time, row - 1, col), (time, row, col - 1))
             self.source.append(next((column[n] for n in near if column.get(n, i) < i), i - 1))
 
     def extend(self, stop: int) -> None:

@@ -29,6 +29,9 @@ class KnownFrames:
     `first=(1,)` is image to video, `(5, 9)` continuation, `(1,)` with `last=1` first-last interpolation, `(0,)` with
     `last=(5, 9)` backward continuation, `(5,)` with `last=5` connects two clips. Lengths are `1 + 4k`, so that the
     first known frames are a prefix of the clip's own tokens, and the last ones a clip of whole latent frames.
+
+    from_last: a language model makes the last latent frame first, so that each is made beside one that is known: for
+        backward continuation with attention that may look ahead in time.
     """
 
     name: str
@@ -37,11 +40,14 @@ class KnownFrames:
     marker: int = 0
     frames: int | None = None
     controls: tuple[str, ...] = ()
+    from_last: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "first", tuple(self.first))  # a list of a configuration cannot be saved with a model
         if not isinstance(self.last, int):
             object.__setattr__(self, "last", tuple(self.last))
+        if self.from_last and self.first != (0,):
+            raise ValueError(f"{self.name} knows its first frames, first={list(self.first)}; set from_last=false")
 
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         ends = self.last if isinstance(self.last, tuple) else (self.last,)
@@ -50,7 +56,7 @@ class KnownFrames:
             raise ValueError(f"{self.name} knows {least} frames; a clip of {clip.frames} leaves none to make")
         first = one_of([n for n in self.first if n + min(ends) < clip.frames], generator)
         last = one_of([n for n in ends if first + n < clip.frames], generator) if len(ends) > 1 else ends[0]
-        return known_ends(clip, first, last, clip.device), clip
+        return known_ends(clip, first, last, clip.device).replace(from_last=self.from_last), clip
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
         <bov_o> known tokens | tokens to predict [<boa_o> sound to predict]
 
 Everything before the bar is the prefix. Because the tokenizer is causal, the tokens of the first known frames are the
-first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Known
+first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Where only
+the last frames are known (backward continuation), tokens stand from the last latent frame to the first. Known
 frames further on go in as images at their own time, several in a row as a clip, anything else that is known as a clip
 with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
 multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
@@ -18,6 +19,8 @@ clip whose unknown frames are interpolated between the known ones, or whose unkn
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +183,13 @@ class Packer(Preparing):
         tokens = sequence.ids if sequence.latents is None else sequence.latents
         return tokens[:, start : sequence.length - int(sequence.loss[0].sum())]
 
+    def order(self, given: Given) -> Tensor:
+        """The tokens of a clip in the order of making, as their numbers `(N,)` in raster order."""
+        numbers = torch.arange(prod(self.grid(given)), device=self.tokenizer.device)
+        if not given.from_last or self.masked:
+            return numbers
+        return numbers.unflatten(0, (self.grid(given)[0], -1)).flip(0).flatten()
+
     def prompted(self, given: Given) -> bool:
         """Whether there is a prompt, without which something else would be expected."""
         return any(given.captions) or self._source_ids(given) is not None
@@ -219,6 +229,7 @@ class Packer(Preparing):
         grid = self.grid(given)
         per_frame = grid[1] * grid[2]
         device = self.tokenizer.device
+        order = self.order(given)
         drop = torch.as_tensor(unprompted, device=device).expand(batch)
         text, context, context_mask = self._text(given.captions, drop, slots or self.slots(given.captions))
 
@@ -229,7 +240,7 @@ class Packer(Preparing):
         elif target is not None:
             leading = given.leading
             latents = 0 if not leading else 1 + (leading - 1) // self.tokenizer.compression[0]
-            tokens = target.flatten(1, 3)
+            tokens = target.flatten(1, 3)[:, order]
             known = latents * per_frame
         else:
             tokens = self.known_tokens(given)
@@ -273,7 +284,7 @@ class Packer(Preparing):
             add_special(Special.eoa_i, 12)
         add_special(*((Special.bov_o, 7) if asks_video else SOUND))
         prefix = sum(part.shape[1] for part in ids) + known
-        where = Tokens.positions(grid, device) if asks_video else self.sound.places(given, device).flatten(0, 1)
+        where = Tokens.positions(grid, device)[order] if asks_video else self.sound.places(given, device).flatten(0, 1)
         count = 0 if tokens is None else tokens.shape[1]
         if tokens is not None:
             new_ids, new_latents = self._ids(tokens)

@@ -25,6 +25,7 @@ class Given:
     audio: `(B, C, N)` the sound that is known, from the beginning of the clip on, at `audio_rate` samples a second.
     actions: `(B, n)` int64 latent actions, which lead to the last n latent frames of the clip. None: none are told.
     asks: what is to be made: ("video",), ("audio",) or ("video", "audio").
+    from_last: whether tokens are made from the last latent frame to the first, not the other way round.
     """
 
     shape: tuple[int, int, int]
@@ -37,6 +38,7 @@ class Given:
     audio_rate: int | None = None
     asks: tuple[str, ...] = ("video",)
     actions: Tensor | None = None
+    from_last: bool = False
 
     def __len__(self) -> int:
         return len(self.captions)

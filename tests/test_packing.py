@@ -32,7 +32,8 @@ TASKS = [
     Generation("unconditional", prompted=False),
     KnownFrames("i2v"),
     KnownFrames("continuation", first=(9,)),
-    KnownFrames("backward", first=(0,), last=(9,)),
+    KnownFrames("backward", first=(0,), last=(9,), from_last=True),
+    KnownFrames("rewind", first=(0,), last=1),
     KnownFrames("interpolation", last=1),
     KnownFrames("connection", first=(5,), last=5),
     Loop(),
@@ -42,7 +43,8 @@ TASKS = [
 ]
 NAMES = [task.name for task in TASKS]
 LATENTS_KNOWN = {"i2v": 1, "continuation": 3, "interpolation": 1, "connection": 2, "loop": 1}
-NEEDS_PIXELS = ("backward", "interpolation", "connection", "loop", "inpainting", "outpainting", "stylization")
+ORDER = {"backward": [n for frame in reversed(range(5)) for n in range(frame * PER_FRAME, (frame + 1) * PER_FRAME)]}
+NEEDS_PIXELS = ("backward", "rewind", "interpolation", "connection", "loop", "inpainting", "outpainting", "stylization")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def expected_prefix(packer: Packer, marker: int, text: torch.Tensor, conditions:
 
 
 def expected_conditions(packer: Packer, task, given: Given, whole: Clip) -> list:
-    if task.name in ("interpolation", "loop"):  # the last frame as an image, at its own time
+    if task.name in ("interpolation", "loop", "rewind"):  # the last frame as an image, at its own time
         return [(codes(packer, whole.video[:, :, -1:]), [[4, y, x] for y in range(2) for x in range(3)])]
     if task.name in ("backward", "connection"):  # the last frames as a clip, each latent frame at its own time
         latents = 3 if task.name == "backward" else 2
@@ -123,8 +125,9 @@ def test_layout_token_by_token(packer, task):
     sequence = packer.pack(given, task.marker, packer.tokenizer.encode(whole.video))
     text = text_ids(packer) if task.name != "unconditional" else torch.zeros(2, TEXT, dtype=torch.long)
     ids, places = expected_prefix(packer, task.marker, text, expected_conditions(packer, task, given, whole))
-    assert torch.equal(sequence.ids, torch.cat([ids, codes(packer, whole.video)], 1))
-    assert (sequence.positions == torch.tensor(places + PLACES)).all()
+    order = ORDER.get(task.name, range(len(PLACES)))
+    assert torch.equal(sequence.ids, torch.cat([ids, codes(packer, whole.video)[:, order]], 1))
+    assert (sequence.positions == torch.tensor(places + [PLACES[n] for n in order])).all()
     known = LATENTS_KNOWN.get(task.name, 0) * PER_FRAME
     assert sequence.prefix == ids.shape[1] + known
     assert sequence.context is None and sequence.context_mask is None
@@ -152,7 +155,7 @@ def test_each_column_knows_the_place_of_the_token_it_predicts(packer, task):
     given = split(task, whole)
     sequence = packer.pack(given, task.marker, packer.tokenizer.encode(whole.video))
     assert torch.equal(sequence.next_positions[:, :-1], sequence.positions[:, 1:])
-    first = PLACES[LATENTS_KNOWN.get(task.name, 0) * PER_FRAME]
+    first = [4, 0, 0] if task.name == "backward" else PLACES[LATENTS_KNOWN.get(task.name, 0) * PER_FRAME]
     assert sequence.next_positions[0, sequence.prefix - 1].tolist() == first
     assert packer.pack(given, task.marker).next_positions[1, -1].tolist() == first
 

@@ -38,16 +38,18 @@ def start(rows: int = 2):
     return given, given.replace(ids=torch.where(ids == 5, 0, ids)), where
 
 
-def run(decoding, made=None, guidance: float = 2.0):
+def run(decoding, made=None, guidance: float = 2.0, from_last: bool = False):
     transformer, head = model()
     given, without, where = start()
+    where = where.unflatten(0, (FRAMES, -1)).flip(0).flatten(0, 1) if from_last else where
     sampling = Sampling(guidance=guidance, decoding=decoding)
     return list(decode(transformer, head, given, where, sampling, without, seeded([1, 2]), made))
 
 
+@pytest.mark.parametrize("from_last", [False, True])
 @pytest.mark.parametrize("decoding", PASSES, ids=str)
-def test_every_token_is_made_once_frame_by_frame(decoding):
-    steps = run(decoding)
+def test_every_token_is_made_once_frame_by_frame(decoding, from_last):
+    steps = run(decoding, from_last=from_last)
     assert len(steps) == FRAMES * PASSES[decoding]
     numbers = torch.cat([n for n, _ in steps])
     assert numbers.sort().values.tolist() == list(range(FRAMES * SIDE * SIDE))
