@@ -234,6 +234,10 @@ def test_first_guesses_come_from_nearby():
     at = {tuple(place): int(id_) for place, id_ in zip(where.tolist(), guesses.ids[0], strict=True)}
     assert at[0, 1, 1] == SPECIAL  # above it there is an id that the head does not make: the nearest that it does
     assert at[1, 1, 0] == SPECIAL + 2 and at[2, 1, 0] == SPECIAL + 2
+    back = torch.tensor([[3, 1, 1], [3, 0, 1], [2, 1, 1]])  # from the last frame to the first: the one after is nearest
+    guesses = Guesses(Run(transformer, head, given, back, Sampling()), torch.tensor([[SPECIAL + 1]]))
+    guesses.extend(3)
+    assert int(guesses.ids[0, 2]) == SPECIAL + 1
 
 
 def test_mistakes_are_told():
