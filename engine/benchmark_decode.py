@@ -7,6 +7,7 @@ far the rest can be trusted.
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,8 @@ from reelm.tokenizers.tokens import Tokens
 PROMPT = "a red star moves left while a blue circle bounces"
 WAYS = {
     "one by one": OneByOne(),
-    "Jacobi": Jacobi(16),
+    "Jacobi": Jacobi(),
+    "Jacobi, window 16": Jacobi(16),
     "Jacobi, maximal coupling": Jacobi(16, "maximal"),
     "Jacobi, window 64": Jacobi(64, columns=128),
     "Jacobi, lenience 30": Jacobi(24, "maximal", lenience=30),
@@ -52,8 +54,9 @@ EXACT = ("one by one", "Jacobi")  # those that are tried with lighter weights to
 
 
 def stack(lm: LanguageModel, rows: int) -> Arm:
-    """The linear layers that a pass goes through, and nothing else."""
-    layers = [module for module in lm.modules() if isinstance(module, nn.Linear)]
+    """The linear layers that a pass over a video's tokens goes through, and nothing else."""
+    used = itertools.chain(lm.transformer.modules(), lm.visual.modules())
+    layers = [module for module in used if isinstance(module, nn.Linear)]
     inputs = {n: torch.randn(rows, n) for n in {layer.in_features for layer in layers}}
 
     @torch.inference_mode()

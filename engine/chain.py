@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
+from reelm.engine import seeds
 from reelm.engine.generation import lengths, make
-from reelm.engine.inputs import NEEDS, SOUNDING, Inputs
+from reelm.engine.inputs import NEEDS, SOUNDING, Inputs, prompted
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
 
@@ -26,10 +27,12 @@ def make_chain(
     """
     for task, _ in steps:  # before anything is made
         lengths(model, task, *(options.get(name) for name in ("frames", "size", "fps")))
-    clip, windows = None, Windows(made)
-    for task, inputs in steps:
+    clip, windows, seed = None, Windows(made), options.pop("seed", 0)
+    for link, (task, inputs) in enumerate(steps):
         inputs = inputs if clip is None else inputs.after(clip, task)
-        clip = make(model, task, inputs, made=windows, **options)
+        if not prompted(model, task):  # what is said of the whole chain is no mistake here
+            inputs = replace(inputs, prompt="")
+        clip = make(model, task, inputs, seed=seed + link * seeds.LINK, made=windows, **options)
     return clip
 
 

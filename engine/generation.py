@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
+from reelm.engine import seeds
 from reelm.engine.inputs import Inputs, at_ends, first_given, from_last, overlap, whole_length
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
@@ -42,6 +43,7 @@ def make(
     frames: length of the result; beyond what the model makes at once, each further window continues the last second of
         the one before (backward continuation: comes before its first second). A loop is one frame shorter: after its
         last frame it begins anew.
+    seed: sample i draws with seed + i, each window with another noise (`seeds.py`).
     keep_known: known pixels stay as they were given, instead of as the tokenizer shows them.
     size, fps: of the result, where the model makes several.
     made: for language models, a list that is filled with the tokens of each window, in pieces `(B, k)`; one that was
@@ -71,7 +73,7 @@ def make(
         part = torch.where(given.known, given.video, clip.video[:, :, :count])
         clip = clip.replace(video=torch.cat([part, clip.video[:, :, count:]], 2))
     while clip.frames < frames:
-        seed += samples
+        seed += seeds.WINDOW
         clip = _longer(model, task, clip, frames, form, partial(generate, seed=seed))
     video = clip.video[:, :, -frames:] if task == "backward" else clip.video[:, :, :frames]
     audio = None if clip.audio is None else clip.audio[..., : round(frames / form.fps * clip.audio_rate)]

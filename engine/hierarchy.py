@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
+from reelm.engine import seeds
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs
 from reelm.engine.interruption import Windows
@@ -17,7 +18,6 @@ from reelm.tasks.task import Given
 
 BETWEEN = "key_frames"  # the task that fills in every second frame
 TASKS = ("t2v", "unconditional", "i2v", "continuation")  # by which key frames are made
-STAGE_SEEDS = 1 << 24  # between the seeds of the stages, so that no two windows draw the same
 
 
 def make_in_stages(
@@ -60,8 +60,8 @@ def make_in_stages(
     )  # fmt: skip
     for stage, form in enumerate(forms[1:], 1):
 
-        def generate(given: Given, number: int, first: int = seed + stage * STAGE_SEEDS) -> Tensor:
-            draw = first + number * samples
+        def generate(given: Given, number: int, first: int = seed + stage * seeds.STAGE) -> Tensor:
+            draw = first + number * seeds.WINDOW
             return model.generate(given, BETWEEN, sampling, draw, progress, **windows.next()).video.to("cpu")
 
         clip = between(clip, form.frames, form.fps, generate)

@@ -38,9 +38,10 @@ NEEDS = {  # what each task cannot do without
     "a2v": ("audio",),
     "av_continuation": ("video",),
 }
-ALSO = dict.fromkeys(("inpainting", "outpainting", "stylization", "v2a", "a2v"), ("start",))  # what it can be told too
+ALSO = dict.fromkeys(("inpainting", "stylization", "v2a", "a2v"), ("start",)) | {"outpainting": ("start", "keep")}
+"""What each can be told too."""
 SOUNDING = ("t2av", "v2a", "av_continuation")  # those whose result is heard
-NAMES = ("image", "last", "video", "mask", "audio", "start")
+NAMES = ("image", "last", "video", "mask", "audio", "start", "keep")
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Inputs:
         if not 0 <= self.start < math.inf:
             raise ValueError(f"start={self.start} is the second from which a clip is read; give 0 or more")
         for name in NAMES:
-            if getattr(self, name) and name not in self.used(task):
-                raise ValueError(f"task={task} has no use for {name}={getattr(self, name)}; leave it out")
+            value = getattr(self, name)
+            if value and name not in self.used(task) and value != getattr(Inputs, name):
+                raise ValueError(f"task={task} has no use for {name}={value}; leave it out")
 
     @staticmethod
     def used(task: str) -> tuple[str, ...]:
@@ -192,6 +194,18 @@ def _sound(source: str | Clip, form: Format, rate: int, start: float = 0.0) -> T
     return F.pad(audio, (0, max(first + count - audio.shape[-1], 0)))[..., first : first + count]
 
 
+def _with_sound(source: str | Clip, form: Format, start: float, rate: int) -> Clip:
+    """As `_read`, with the sound of the same stretch. In a file too its time is that of the frames, whenever the track
+    begins."""
+    if isinstance(source, Clip):
+        return _read(source, form, start).replace(audio=_sound(source, form, rate, start), audio_rate=rate)
+    options = {"fps": form.fps, "frames": form.frames, "size": form.size, "start": start, "short": "repeat"}
+    clip = read_video(source, **options, audio=True, audio_rate=rate)
+    if clip.audio is None:
+        raise ValueError(f"{source} holds no sound that can be decoded; give a clip with sound")
+    return clip
+
+
 def _part(source: str | Clip, form: Format, step: int, most: int, end: bool) -> tuple[Format, float]:
     """The first or last frames of a clip that are told, `1 + step * k` of them and at most `most`: a format of so many,
     and the second at which they begin."""
@@ -229,6 +243,11 @@ def at_ends(form: Format, first: Tensor | None, last: Tensor | None) -> tuple[Te
     return video, known
 
 
+def prompted(model: VideoModel, task: str) -> bool:
+    """Whether the model was taught to heed the prompts of a task."""
+    return getattr(model.task(task), "prompted", True)
+
+
 def from_last(model: VideoModel, task: str) -> bool:
     """Whether the model makes clips of this task from the last latent frame to the first."""
     return getattr(model.task(task), "from_last", False)
@@ -238,8 +257,9 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
     """What the model is told for its first window of a clip that is to have `frames` frames."""
     inputs.check(task)
     size, step = form.size, model.tokenizer.compression[0]
-    prompt = inputs.prompt if getattr(model.task(task), "prompted", True) else ""
-    given = Given(form.shape, (prompt,) * samples, fps=form.fps, from_last=from_last(model, task))
+    if inputs.prompt and not prompted(model, task):
+        raise ValueError(f"task={task} heeds no prompt; leave prompt={inputs.prompt!r} out")
+    given = Given(form.shape, (inputs.prompt,) * samples, fps=form.fps, from_last=from_last(model, task))
     most = min(overlap(model, form, task), max(min(form.frames, frames) - step, 1))
     video = known = None
     if task == "i2v":
@@ -268,8 +288,8 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
         given = given.replace(asks=("video", "audio"))
     elif task == "av_continuation":
         told, rate = _part(inputs.video, form, step, most, end=True), _rate(model, task)
-        video, audio = _read(inputs.video, *told).video, _sound(inputs.video, told[0], rate, told[1])
-        given = given.replace(audio=audio, audio_rate=rate, asks=("video", "audio"))
+        clip = _with_sound(inputs.video, *told, rate)
+        video, given = clip.video, given.replace(audio=clip.audio, audio_rate=rate, asks=("video", "audio"))
     elif task == "inpainting":
         video = _read(inputs.video, form, inputs.start).video
         known = _mask(inputs, size)

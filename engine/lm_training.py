@@ -118,10 +118,7 @@ class LMTraining(ModelTraining):
             raise ValueError(
                 f"stage.prompt_weight is for heads that predict token by token; {type(made).__name__} does not"
             )
-        if level_weights and sound is None:
-            raise ValueError("stage.level_weights are for tasks with sound: give stage.audio=..., or leave them out")
-        if sound is not None:
-            self.weighting.check(sound.levels)
+        self.weighting.check(0 if sound is None else sound.levels)
         self.lm = LanguageModel(lm, made)
         self.measure = getattr(self.lm.head, "measure", "nll")
         if self.lm.head.size != vocabulary.visual:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reelm.data.clip import Clip
+from reelm.engine import seeds
 from reelm.engine.batches import Batch, in_order, in_step
 from reelm.engine.interruption import Account
 from reelm.engine.video_model import VideoModel
@@ -20,6 +21,7 @@ from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling, fill
 from reelm.lm.masked_diffusion import MaskedDenoising, MaskedTokenDiffusion, fill_latents
+from reelm.lm.parallel import Blocks, Diagonal
 from reelm.lm.precision import lighten
 from reelm.lm.sampling import Sampling, seeded
 from reelm.lm.sequence import Sequence
@@ -34,8 +36,6 @@ from reelm.tokenizers.text import SentencePieceText, T5Text
 from reelm.tokenizers.tiling import Tiled
 from reelm.tokenizers.tokens import Tokens
 from reelm.tokenizers.within_memory import decode_within_memory
-
-LEVEL_SEEDS = 1 << 32  # between the seeds of the levels of sound, so that no two parts of a clip draw the same
 
 
 class VideoLM(VideoModel):
@@ -75,6 +75,7 @@ class VideoLM(VideoModel):
         masked = isinstance(lm.head, Masked | MaskedTokenDiffusion)
         continuous = isinstance(lm.head, TokenDiffusion)
         self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
+        self._how(sampling)
 
     def lighten(self, dtype: str, compiled: bool = False) -> str:
         ordered = not self.packer.masked and self.packer.space is None and hasattr(self.lm.transformer, "blocks")
@@ -143,7 +144,7 @@ class VideoLM(VideoModel):
             where,
             sampling,
             sequence.without_prompt(),
-            seeded([seed + level * LEVEL_SEEDS for seed in batch.seeds], self.device),
+            seeded([seed + level * seeds.LEVEL for seed in batch.seeds], self.device),
             batch.account.begin(len(where), self.device),
         )
         for numbers, ids in steps:
@@ -169,12 +170,24 @@ class VideoLM(VideoModel):
         codes = codes if heard is None else torch.cat([heard, codes], 1)
         return decode_within_memory(self.audio, codes)[..., : sound.samples(given)]
 
-    def _how(self, sampling: Sampling | TokenDenoising | None) -> Sampling | TokenDenoising:
-        """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing."""
+    def _how(self, sampling: Sampling | TokenDenoising | None, given: Given | None = None) -> Sampling | TokenDenoising:
+        """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing.
+
+        given: where nothing of it prompts, guidance would be between two that are the same.
+        """
         sampling = self._sampling(sampling, Sampling if self.packer.space is None else TokenDenoising)
         if isinstance(sampling, MaskedSampling | MaskedDenoising) and not self.packer.masked:
             name, head = "masked" if self.packer.space is None else "masked_denoising", type(self.lm.visual).__name__
             raise ValueError(f"sampler={name} needs a model with a masked head; this one's is {head}: leave it out")
+        decoding = getattr(sampling, "decoding", None)
+        if decoding is not None and self.packer.masked:
+            name = type(decoding).__name__
+            raise ValueError(f"a masked head has passes of its own; leave the sampler with {name} out")
+        if isinstance(decoding, Diagonal | Blocks) and not hasattr(self.lm.transformer, "blocks"):
+            transformer = type(self.lm.transformer).__name__
+            raise ValueError(f"{transformer} makes tokens in the raster's order; leave sampler=diagonal and blocks out")
+        if given is not None and not self.packer.prompted(given):
+            sampling = replace(sampling, guidance=1.0)
         if isinstance(sampling, Sampling) and sampling.decoding is None and not self.packer.masked:
             return replace(sampling, decoding=Jacobi())
         return sampling
@@ -293,7 +306,8 @@ class VideoLM(VideoModel):
             list that is filled with the tokens of each pass (`Account`); one that was filled by a call that was
             interrupted is gone on from.
         """
-        given, sampling = self._given(given, task), self._how(sampling)
+        given = self._given(given, task)
+        sampling = self._how(sampling, given)
         batches = self._batches(given, task, seed, progress, made, given.asks)
         clips = [self._clip(batch, sampling) for batch in batches]
         rows = [batch.rows for batch in batches]
@@ -334,7 +348,8 @@ class VideoLM(VideoModel):
 
         Together they are what `generate` gives, in float32 to the last bit.
         """
-        given, sampling = self._given(given, task), self._how(sampling)
+        given = self._given(given, task)
+        sampling = self._how(sampling, given)
         if "video" not in given.asks:
             raise ValueError(f"task={task} makes sound alone, and only frames are streamed; call generate")
         batches = self._batches(given, task, seed, progress, made, ("video",))

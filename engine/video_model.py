@@ -145,9 +145,12 @@ class VideoModel(nn.Module):
     def _given(self, given: Given | str | list[str], task: str) -> Given:
         if isinstance(given, Given):
             return given.to(self.device)
-        captions = (given,) if isinstance(given, str) else tuple(given)
-        shape = (self.task(task).frames or self.shape[0], *self.shape[1:])
-        return Given(shape, captions, fps=self.fps)
+        known, captions = self.task(task), (given,) if isinstance(given, str) else tuple(given)
+        if not getattr(known, "from_prompt", False):
+            raise ValueError(f"task={task} needs more than a prompt: give what it is made from, as a Given")
+        captions = captions if getattr(known, "prompted", True) else ("",) * len(captions)
+        shape = (known.frames or self.shape[0], *self.shape[1:])
+        return Given(shape, captions, fps=self.fps, asks=getattr(known, "asks", ("video",)))
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
         """Writes `tokenizer/`, other parts such as `audio/`, the trained part, `text.model` and, last, `config.json`.

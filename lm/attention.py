@@ -42,8 +42,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _bias(queries: int, keys: int, prefix: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    hidden = ~visible(queries, keys, prefix, device)
-    return torch.zeros(1, queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    with torch.inference_mode(False):  # what validation made is for training too
+        hidden = ~visible(queries, keys, prefix, device)
+        return torch.zeros(1, queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
@@ -152,7 +153,8 @@ def _block_mask(queries: int, keys: int, prefix: int, device: torch.device):
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query + before) | (key < prefix)
 
-    return create_block_mask(mask, None, None, queries, keys, device=device)
+    with torch.inference_mode(False):
+        return create_block_mask(mask, None, None, queries, keys, device=device)
 
 
 @functools.cache

@@ -91,19 +91,15 @@ class AudioVisual(nn.Module):
         """Vectors `(B, L, width)` of a sequence's ids."""
         return self.visual.vectors(sequence)
 
-    def learn(
-        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, states: Callable[[Sequence], Tensor], sequence: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step of training, and what to log; see `Head.learn`."""
-        return self.loss(states(sequence), sequence.ids, sequence.loss, label_smoothing)
+        return self.loss(states(sequence), sequence.ids, sequence.loss)
 
-    def loss(
-        self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of all ids to predict, each by its part; see `Head.loss`."""
         losses, logged, weights, counts = [], [], [], []
         for part, mine in self._parts(ids, mask):
-            loss, metrics = part.loss(hidden, ids, mine, label_smoothing)
+            loss, metrics = part.loss(hidden, ids, mine)
             losses.append(loss)
             logged.append(metrics)
             weights.append(mine[:, 1:].sum())

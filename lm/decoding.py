@@ -18,7 +18,7 @@ from reelm.lm.sampling import Generators, Sampling, exponential, guide, race, wi
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 
-SPARE = 128  # columns of the cache for those that are read twice (parallel.py)
+SPARE = 128  # columns of the cache of compiled passes, which are filled up to few different shapes
 
 
 class Run:
@@ -49,9 +49,9 @@ class Run:
         self.columns = sequence.length
         self.compiled: Passes | None = getattr(transformer, "passes", None)  # of VideoLM.lighten
         self.width = 0  # of the widest pass but the first
-        room = self.columns + self.steps + SPARE
-        if self.compiled is not None:  # few different shapes
-            room = -(-room // SPARE) * SPARE
+        room = self.columns + self.steps
+        if self.compiled is not None:
+            room = -(-(room + SPARE) // SPARE) * SPARE
         self.cache = transformer.new_cache(self.batch * self.copies, room)
 
     def read(self, ids: Tensor, of: slice | Tensor, target: slice | Tensor) -> Tensor:

@@ -28,49 +28,38 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        norms, values, means, best = [], [], [], []
+    def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        norms, values, best = [], [], []
         rows = len(logits) if logits.is_cuda else max(ROWS_OF_LOGITS // logits.shape[-1], 1)
         for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
             part = part.float()
             norms.append(part.logsumexp(-1))
             values.append(part.gather(-1, target[:, None]).squeeze(-1))
             best.append(part.argmax(-1))
-            if label_smoothing:
-                means.append(part.mean(-1))
         norm = torch.cat(norms)
         plain = norm - torch.cat(values)
-        smoothed = plain.clone()
-        if label_smoothing:
-            smoothed = (1 - label_smoothing) * plain + label_smoothing * (norm - torch.cat(means))
         right = (torch.cat(best) == targets).float()
         ctx.save_for_backward(logits, targets, norm)
-        ctx.label_smoothing, ctx.rows = label_smoothing, rows
-        ctx.mark_non_differentiable(plain, right)
-        return smoothed, plain, right
+        ctx.rows = rows
+        ctx.mark_non_differentiable(right)
+        return plain, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         logits, targets, norm = ctx.saved_tensors
-        smoothing, size = ctx.label_smoothing, logits.shape[-1]
         out = torch.empty_like(logits)
         split = (t.split(ctx.rows) for t in (logits, targets, norm[:, None], grad[:, None], out))
         for part, target, part_norm, part_grad, part_out in zip(*split, strict=True):
             slope = (part.float() - part_norm).exp_()
-            if smoothing:
-                slope -= smoothing / size
-            slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), smoothing - 1))
+            slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), -1.0))
             part_out.copy_(slope.mul_(part_grad))
-        return out, None, None
+        return out, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Smoothed and plain negative log-likelihood and correctness, `(N,)` float32 each, of logits `(N, V)`.
-
-    Only the first has a gradient.
-    """
-    return _CrossEntropy.apply(logits, targets, label_smoothing)
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and correctness, `(N,)` float32 each, of logits `(N, V)`; the first has a gradient."""
+    return _CrossEntropy.apply(logits, targets)
 
 
 class Head(nn.Module):
@@ -120,25 +109,20 @@ class Head(nn.Module):
         """Codes from their parts."""
         raise NotImplementedError
 
-    def learn(
-        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, states: Callable[[Sequence], Tensor], sequence: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step of training, and what to log. `states`: the hidden states of what the transformer sees."""
-        return self.loss(states(sequence), sequence.ids, sequence.loss, label_smoothing)
+        return self.loss(states(sequence), sequence.ids, sequence.loss)
 
-    def loss(
-        self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of the ids to predict, in nats an id, and what to log, which is without weights.
 
         Args:
             hidden: `(B, L, width)`; column i predicts the id of column i + 1.
             ids: `(B, L)`.
             mask: `(B, L)` bool or float: the ids to predict, or their weights; 0 where an id is not to be predicted.
-            label_smoothing: share of the target spread over all codes.
         """
         chosen = mask[:, 1:] != 0
-        return self.mean_loss(hidden[:, :-1][chosen], ids[:, 1:][chosen], mask[:, 1:][chosen].float(), label_smoothing)
+        return self.mean_loss(hidden[:, :-1][chosen], ids[:, 1:][chosen], mask[:, 1:][chosen].float())
 
     @torch.no_grad()
     def divergence(self, hidden: Tensor, other: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -160,9 +144,7 @@ class Head(nn.Module):
         result[:, 1:][chosen] = torch.cat(found)
         return result
 
-    def mean_loss(
-        self, hidden: Tensor, ids: Tensor, weights: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def mean_loss(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss` of ids `(N,)`, each predicted by a row of `hidden (N, width)`, with weights `(N,)` float."""
         targets = self.split(ids - self.offset)
         rows = max(LOGITS_AT_ONCE // self.size_of_logits, 1)
@@ -171,26 +153,26 @@ class Head(nn.Module):
         sums = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            arguments = (hidden[part], weights[part], label_smoothing, *(target[part] for target in targets))
+            arguments = (hidden[part], weights[part], *(target[part] for target in targets))
             sums.append(
                 self._sums(*arguments)
                 if len(hidden) <= rows or not torch.is_grad_enabled()
                 else checkpoint(self._sums, *arguments, use_reentrant=False)
             )
-        smoothed, plain, right = torch.stack(sums).sum(0)
+        weighted, plain, right = torch.stack(sums).sum(0)
         logged = {"nll": plain.detach() / len(ids), "accuracy": right.detach() / len(ids)}
-        return smoothed / weights.sum(), logged
+        return weighted / weights.sum(), logged
 
-    def _sums(self, hidden: Tensor, weights: Tensor, label_smoothing: float, *targets: Tensor) -> Tensor:
-        smoothed, plain, right = zip(
+    def _sums(self, hidden: Tensor, weights: Tensor, *targets: Tensor) -> Tensor:
+        plain, right = zip(
             *(
-                cross_entropy(logits, target, label_smoothing)
+                cross_entropy(logits, target)
                 for logits, target in zip(self.logits_given(hidden, targets), targets, strict=True)
             ),
             strict=True,
         )
         whole = torch.stack(right).prod(0)  # a code is right when all its parts are
-        return torch.stack([(weights * sum(smoothed)).sum(), sum(plain).sum(), whole.sum()])
+        return torch.stack([(weights * sum(plain)).sum(), sum(plain).sum().detach(), whole.sum()])
 
     def logits_given(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Scores of each part when those before it are known, as in training."""

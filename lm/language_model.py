@@ -36,7 +36,6 @@ class LanguageModel(nn.Module):
     def loss(
         self,
         sequence: Sequence,
-        label_smoothing: float = 0.0,
         unprompted: Sequence | None = None,
         prompt_weight: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,9 +45,9 @@ class LanguageModel(nn.Module):
             the prompt tells of them (`Weighting.prompt`).
         """
         if unprompted is None:
-            return self.head.learn(self, sequence, label_smoothing)
+            return self.head.learn(self, sequence)
         hidden = self(sequence)
         with torch.no_grad():
             told = self.head.divergence(hidden, self(unprompted), sequence.ids, sequence.loss)
             weights = sequence.loss * (1 + prompt_weight * told)
-        return self.head.loss(hidden, sequence.ids, weights, label_smoothing)
+        return self.head.loss(hidden, sequence.ids, weights)

@@ -188,25 +188,21 @@ class Masked(nn.Module):
             next_positions=sequence.positions,
         )
 
-    def loss(
-        self, hidden: Tensor, ids: Tensor, mask: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Head.loss`, but column i predicts its own id."""
         chosen = mask != 0
-        return self.codes.mean_loss(hidden[chosen], ids[chosen], mask[chosen].float(), label_smoothing)
+        return self.codes.mean_loss(hidden[chosen], ids[chosen], mask[chosen].float())
 
-    def learn(
-        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, states: Callable[[Sequence], Tensor], sequence: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of the losses over all ids to predict, each with the weight of its kind; logged are the hidden ones."""
         hidden = self.hide(sequence)
         shown = self.shown(sequence, hidden)
         x = states(shown)
         weights = torch.where(shown.interior == MASK, 1.0, self.refine) * hidden * sequence.loss
-        loss, metrics = self.loss(x, sequence.ids, weights, label_smoothing)
+        loss, metrics = self.loss(x, sequence.ids, weights)
         kept = sequence.loss * ~hidden
         if self.reconstruct and kept.any():
-            extra, _ = self.loss(x, sequence.ids, kept, label_smoothing)
+            extra, _ = self.loss(x, sequence.ids, kept)
             total, more = weights.sum(), self.reconstruct * kept.sum()
             loss = (total * loss + more * extra) / (total + more)
         return loss, metrics

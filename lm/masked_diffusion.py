@@ -82,9 +82,7 @@ class MaskedTokenDiffusion(TokenDiffusion):
             next_positions=sequence.positions,
         )
 
-    def learn(
-        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, states: Callable[[Sequence], Tensor], sequence: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the hidden tokens, each under the hidden state of its own column."""
         hidden = self.hide(sequence)
         return self.denoising(states(self.shown(sequence, hidden))[hidden], sequence.latents[hidden])

@@ -53,7 +53,12 @@ class Tables:
 
 @functools.lru_cache(maxsize=4)
 def tables(segments: Segments, device: torch.device) -> Tables:
-    """Made once a step for all layers."""
+    """Made once a step for all layers, in a way that a pass with gradients can use what one without made."""
+    with torch.inference_mode(False):
+        return _tables(segments, device)
+
+
+def _tables(segments: Segments, device: torch.device) -> Tables:
     lengths, prefixes = torch.tensor(segments).unbind(1)
     number = torch.arange(len(segments)).repeat_interleave(lengths)
     place = torch.arange(len(number)) - (lengths.cumsum(0) - lengths)[number]
@@ -149,7 +154,8 @@ def _block_mask(segments: Segments, device: torch.device):
         seen = (key <= query) | (t.place[key] < t.prefix[key])
         return (t.number[query] == t.number[key]) & seen
 
-    return create_block_mask(mask, None, None, len(t.number), len(t.number), device=device)
+    with torch.inference_mode(False):
+        return create_block_mask(mask, None, None, len(t.number), len(t.number), device=device)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -68,7 +68,6 @@ class Jacobi:
         certain = torch.full((run.batch,), done, device=ids.device)  # of each sample; the batch waits for its slowest
         lenience = self.lenience if width > 1 else 1.0  # where it saves nothing it costs nothing
         coupled = _Maximal(run, noise, ids, lenience) if self.coupling == "maximal" else None
-        noise.drop(done)
         if done:
             yield torch.arange(done), made
         while done < run.steps:
@@ -78,6 +77,7 @@ class Jacobi:
             first, target = (0, slice(0, stop)) if run.passes == 0 else (done - 1, window)
             hidden = run.read(ids[:, first : stop - 1], slice(first, stop - 1), target)[:, done - stop :]
             if coupled is None:
+                noise.drop(done)
                 new = run.choose(hidden, window, noise.draw(range(done, stop)))
             else:
                 new = coupled.draw(hidden, done, stop)
@@ -87,7 +87,6 @@ class Jacobi:
             certain = torch.maximum(done + same + 1, certain + 1).clamp_max(stop)
             before, done = done, int(certain.min())
             run.forget(done - 1)
-            noise.drop(done)
             yield torch.arange(before, done), ids[:, before:done]
 
 

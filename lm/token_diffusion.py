@@ -140,9 +140,7 @@ class TokenDiffusion(nn.Module):
         latent = (sequence.ids == int(Special.latent))[..., None]
         return torch.where(latent, self.enter(sequence.latents).to(vectors.dtype), vectors)
 
-    def learn(
-        self, states: Callable[[Sequence], Tensor], sequence: Sequence, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def learn(self, states: Callable[[Sequence], Tensor], sequence: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step of training, and what to log. `states`: the hidden states of what the transformer sees."""
         return self.loss(states(sequence), sequence.latents, sequence.loss)
 

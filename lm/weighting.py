@@ -51,7 +51,9 @@ class Weighting:
             raise ValueError(f"prompt_weight={self.prompt}; give a number from 0 on, of which 0 counts all ids alike")
 
     def check(self, levels: int) -> None:
-        """ValueError where there are not this many levels of sound."""
+        """ValueError where there are not this many levels of sound, 0 for none."""
+        if self.levels and not levels:
+            raise ValueError("stage.level_weights is for tasks with sound: give stage.audio=..., or leave it out")
         if self.levels and len(self.levels) != levels:
             raise ValueError(
                 f"level_weights are {levels} numbers, one for each level of sound; got {list(self.levels)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,7 @@ class Generation:
     prompted: bool = True
     marker: int = 0
     controls: tuple[str, ...] = ()
+    from_prompt: ClassVar[bool] = True
 
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         captions = clip.captions if self.prompted else ("",) * len(clip)

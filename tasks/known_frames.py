@@ -82,11 +82,12 @@ class KeyFrames:
 class Loop:
     """A clip that ends with the frame it begins with, which is told at both ends.
 
-    Few clips do: those that are trained on are the first halves of clips, played forth and back.
+    Few clips do: those that are trained on are the first halves of clips, played forth and back. Their captions do not
+    say so, so the task has a token of its own.
     """
 
     name: str = "loop"
-    marker: int = 0
+    marker: int = 6
     frames: int | None = None
     controls: tuple[str, ...] = ()
 

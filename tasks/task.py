@@ -77,10 +77,11 @@ class Given:
 class Task(Protocol):
     """How a clip splits. Tasks are pure: all chance comes from `generator`.
 
-    name: of the task. marker: number of its task token, one for each kind of output
-    (0 a clip from a prompt and its first frames, 1 inpainting, 2 outpainting, 3 stylization, 4 sound, 5 a clip with
-    sound). frames: clip length it wants (None: what the data has). controls: names of the truths it needs in
-    `Clip.controls`. A task that needs the clips' sound also has `audio`, which is true.
+    name: of the task. marker: number of its task token, one for each kind of output (0 a clip from a prompt and its
+    first frames, 1 inpainting, 2 outpainting, 3 stylization, 4 sound, 5 a clip with sound, 6 a clip that ends as it
+    begins). frames: clip length it wants (None: what the data has). controls: names of the truths it needs in
+    `Clip.controls`. A task that needs the clips' sound also has `audio`, which is true, and one that a prompt is enough
+    for `from_prompt`.
     """
 
     name: str

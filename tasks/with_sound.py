@@ -43,6 +43,11 @@ class WithSound:
         """Whether the task needs the clips' sound."""
         return True
 
+    @property
+    def from_prompt(self) -> bool:
+        """Whether a prompt is enough."""
+        return self.prompted and not self.told and 0 in self.first
+
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         if clip.audio is None:
             raise ValueError(f"{self.name} needs the sound of clips; the data source gave none")

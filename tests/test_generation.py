@@ -7,6 +7,7 @@ from PIL import Image
 from making import FAST, TASKS
 from reelm.data.reading import read_video
 from reelm.data.writing import write_image
+from reelm.engine.chain import chain_of, make_chain
 from reelm.engine.generation import make
 from reelm.engine.inputs import Inputs, overlap
 from reelm.engine.video_lm import VideoLM
@@ -130,6 +131,20 @@ def test_other_lengths_are_rounded_with_a_note(model):
     assert "1 + 4k" in notes[0] and "9" in notes[0]
 
 
+def test_a_sample_of_a_long_clip_does_not_depend_on_the_others(model):
+    several = make(model, "t2v", Inputs("a star"), frames=21, samples=3, seed=5)
+    alone = make(model, "t2v", Inputs("a star"), frames=21, seed=6)
+    torch.testing.assert_close(several.video[1:2], alone.video, rtol=0, atol=1e-4)
+
+
+def test_no_two_windows_or_links_draw_the_same(model, material, monkeypatch):
+    told, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda *args, **more: told.append(args[3]) or generate(*args, **more))
+    make(model, "t2v", Inputs("a star"), frames=21, seed=5)
+    make_chain(model, chain_of(["t2i", "i2v"], Inputs("a star")), frames=21, seed=5)
+    assert len(told) == 4 + 1 + 4 and told[0] == told[4] == 5 and len(set(told)) == 8
+
+
 def test_the_same_seed_gives_the_same_clip(model):
     first, second, other = (make(model, "t2v", Inputs("a star"), seed=seed).video for seed in (3, 3, 4))
     assert torch.equal(first, second) and not torch.equal(first, other)
@@ -148,6 +163,8 @@ def test_the_same_seed_gives_the_same_clip(model):
         ("inpainting", Inputs(video="CLIP", mask="SMALL"), {}, "as large as the video"),
         ("inpainting", Inputs(video="CLIP", mask="BLACK"), {}, "all black"),
         ("t2v", Inputs(prompt="a red star", image="CLIP"), {}, "task=t2v has no use for image="),
+        ("t2v", Inputs("x", keep=0.3), {}, "task=t2v has no use for keep=0.3; leave it out"),
+        ("unconditional", Inputs("x"), {}, "task=unconditional heeds no prompt; leave prompt='x' out"),
         ("continuation", Inputs(video="CLIP", start=1.0), {}, "task=continuation has no use for start=1.0"),
         ("outpainting", Inputs(video="CLIP", keep=1.5), {}, "keep=1.5"),
         ("interpolation", Inputs(image="PHOTO", last="PHOTO"), {"frames": 33}, "up to 9 frames"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from reelm.data.clip import Clip
-from reelm.engine.hierarchy import STAGE_SEEDS, between, make_in_stages
+from reelm.engine import seeds
+from reelm.engine.hierarchy import between, make_in_stages
 from reelm.engine.inputs import Inputs
 from reelm.engine.job import Job, run_job
 from reelm.engine.video_lm import VideoLM
@@ -90,7 +91,7 @@ def test_key_frames_come_first_and_rates_double(model, calls):
     )
     assert torch.equal(clip.video[:, :, ::4], calls[0].clip.video.cpu())
     assert torch.equal(clip.video[:, :, 2:8:4], calls[1].clip.video[:, :, 1::2].cpu())
-    assert [call.seed for call in calls[:3]] == [7, 7 + STAGE_SEEDS, 9 + STAGE_SEEDS]
+    assert [call.seed for call in calls[:3]] == [7, 7 + seeds.STAGE, 7 + seeds.STAGE + seeds.WINDOW]
     for call in calls:  # the frame rate is a token of the prompt
         packed = model.packer.pack(call.given, model.task(call.task).marker)
         assert (packed.ids == frame_rate_token(call.given.fps)).sum(1).tolist() == [1, 1]

@@ -58,7 +58,14 @@ def test_mistakes_inside_are_one_line_too(arguments, message, capfd, tmp_path):
 def test_weights_of_sound_need_sound(tokenizer, tmp_path, capfd):
     given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", "stage.level_weights=[4,2]")
     assert program("train", *given, f"output={tmp_path}/new") == 2
-    assert error_line(capfd).startswith("error: stage.level_weights are for tasks with sound")
+    assert error_line(capfd).startswith("error: stage.level_weights is for tasks with sound")
+
+
+def test_a_sampler_of_another_head_is_told_before_the_first_step(tokenizer, tmp_path, capfd):
+    given = (*LM, *TINY, "task=t2v", f"stage.tokenizer={tokenizer}/model", "sampler=masked")
+    assert program("train", *given, f"output={tmp_path}/new") == 2
+    assert error_line(capfd).startswith("error: sampler=masked needs a model with a masked head; this one's is")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_the_first_batch_shows_leaves_nothing_behind(tokenizer, tmp_path, capfd):

@@ -40,6 +40,17 @@ def qkv(kv_heads: int = 2) -> list[torch.Tensor]:
     return [torch.randn(1, heads, columns, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
 
 
+@pytest.mark.parametrize("backend", ["math", "flash", "reference"])
+def test_what_a_pass_without_gradients_made_serves_one_with_them(backend, monkeypatch):
+    monkeypatch.setattr(packed, "flash", lambda q, name: {"flash_attn_varlen_func": varlen}[name])
+    packed.tables.cache_clear()
+    inputs = qkv()
+    with torch.inference_mode():  # of validation
+        Packed(SEGMENTS, backend)(*inputs)
+    Packed(SEGMENTS, backend)(*inputs).sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
 def test_the_reference_is_attention_of_each_segment_alone():
     q, k, v = qkv()
     expected, start = [], 0

@@ -1,5 +1,8 @@
 """Sound in use: what a user hands in, files, training, evaluation and mistakes."""
 
+from fractions import Fraction
+
+import av
 import lightning as L
 import numpy as np
 import pytest
@@ -10,10 +13,11 @@ from reelm.data.module import ClipData
 from reelm.data.reading import probe, read_video
 from reelm.data.writing import write_video
 from reelm.data.zoetrope.dataset import Zoetrope
+from reelm.engine import seeds
 from reelm.engine.chain import chain_of, make_chain
 from reelm.engine.evaluation import evaluate
 from reelm.engine.generation import make
-from reelm.engine.inputs import Inputs
+from reelm.engine.inputs import Inputs, first_given
 from reelm.engine.job import Job, run_job
 from reelm.engine.lm_training import LMTraining
 from reelm.engine.optimisation import Optimisation
@@ -59,7 +63,7 @@ def test_sound_goes_through_a_chain(model):
     steps = chain_of(["t2v", "v2a", "a2v"], Inputs("a red star"))
     made = make_chain(model, steps, seed=1)
     first = make(model, "t2v", Inputs("a red star"), seed=1)
-    second = make(model, "v2a", Inputs(video=first), seed=1)
+    second = make(model, "v2a", Inputs(video=first), seed=1 + seeds.LINK)
     torch.testing.assert_close(made.audio, second.audio, rtol=0, atol=1e-4)  # one other token: 0.01 and more
     assert made.video.shape == first.video.shape
     with pytest.raises(ValueError, match="has no sound to go on from"):
@@ -79,6 +83,31 @@ def test_sound_of_another_rate_is_resampled_unless_it_is_a_tensor(model, tmp_pat
     given = Given(SHAPE, ("",), audio=tone, audio_rate=44_100)
     with pytest.raises(ValueError, match="the sound has 44100 samples a second; this model hears 16000: resample it"):
         model.generate(given, "a2v")
+
+
+def test_sound_that_begins_after_its_picture_stays_in_time(model, tmp_path):
+    with av.open(str(tmp_path / "late.mkv"), "w") as out:
+        pictures, track = out.add_stream("libx264", rate=8), out.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        pictures.width = pictures.height = 32
+        for number in range(16):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 8)
+            out.mux(pictures.encode(frame))
+        out.mux(pictures.encode(None))
+        noise = av.AudioFrame.from_ndarray(np.full((1, RATE // 4), 9000, np.int16), format="s16", layout="mono")
+        noise.sample_rate, noise.time_base, noise.pts = RATE, Fraction(1, RATE), 3 * RATE // 2  # from 1.5 s to 1.75 s
+        out.mux([*track.encode(noise), *track.encode(None)])
+    given = first_given(model, "av_continuation", Inputs(video=str(tmp_path / "late.mkv")), model.fitting(), 1, 9)
+    heard = (given.audio[0, 0] > 0.1).nonzero()[:, 0] / RATE + 11 / 8  # the last five of 16 frames are told
+    assert given.leading == 5 and abs(heard[0] - 1.5) < 0.01 and abs(heard[-1] - 1.75) < 0.01
+
+
+def test_a_prompt_alone_makes_what_the_task_asks_for(model):
+    assert model.generate("a red star", "t2av").audio.shape == (1, 2, 18_000)
+    assert model.generate("a red star").audio is None
+    for task in ("v2a", "a2v", "av_continuation"):
+        with pytest.raises(ValueError, match=f"task={task} needs more than a prompt"):
+            model.generate("a red star", task)
 
 
 def test_sound_is_written_with_the_clip(box, tmp_path):

@@ -27,7 +27,7 @@ from reelm.lm.sequence import Sequence
 from reelm.lm.vocabulary import SPECIAL, Special, Vocabulary, task_token
 from reelm.scripts.common import check
 from reelm.tasks.formats import Format, Formats
-from reelm.tasks.task import tasks_of
+from reelm.tasks.task import Given, tasks_of
 from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.magvit2 import MAGVIT2
 from reelm.tokenizers.palette import Colours, Palette
@@ -191,13 +191,13 @@ def loud_videopoet(text: SentencePieceText) -> tuple[VideoLM, Clip]:
     return model, clip(model, None).replace(controls=controls, audio=sound, audio_rate=audio.rate)
 
 
-def packed(model: VideoLM, task, whole: Clip) -> tuple[Sequence, torch.Tensor | None, torch.Tensor | None]:
-    """A task's sequence, and the tokens of video and of sound that it asks for."""
+def packed(model: VideoLM, task, whole: Clip) -> tuple[Sequence, Given, torch.Tensor | None, torch.Tensor | None]:
+    """A task's sequence, what is given, and the tokens of video and of sound that it asks for."""
     whole = whole if task.frames is None else whole.replace(video=whole.video[:, :, : task.frames], audio=None)
     given, target = task.split(whole, torch.Generator().manual_seed(0))
     tokens = model.tokenizer.encode(target.video) if "video" in given.asks else None
     sound = model.packer.sound.encode(target.audio, target.audio_rate) if "audio" in given.asks else None
-    return model.packer.pack(given, task.marker, tokens, sound=sound), tokens, sound
+    return model.packer.pack(given, task.marker, tokens, sound=sound), given, tokens, sound
 
 
 def test_videopoet_each_tasks_layout_goes_there_and_back(text):
@@ -205,7 +205,7 @@ def test_videopoet_each_tasks_layout_goes_there_and_back(text):
     vocabulary = model.lm.head.vocabulary
     assert len(model.tasks) == 16
     for name, task in model.tasks.items():
-        sequence, tokens, sound = packed(model, task, whole)
+        sequence, given, tokens, sound = packed(model, task, whole)
         row, prompted = sequence.ids[0].tolist(), getattr(task, "prompted", True)
         pieces = [i - vocabulary.text_range.start for i in row if i in vocabulary.text_range]
         assert text.decode([pieces])[0] == (whole.captions[0] if prompted else ""), name
@@ -213,8 +213,9 @@ def test_videopoet_each_tasks_layout_goes_there_and_back(text):
         if tokens is not None:
             begin = row.index(int(Special.bov_o)) + 1
             ids = sequence.ids[:, begin : begin + tokens[0].numel()]
-            assert torch.equal(vocabulary.from_visual(ids).view_as(tokens), tokens), name
-            where = Tokens.positions(tuple(tokens.shape[1:]))
+            order = model.packer.order(given)
+            assert torch.equal(vocabulary.from_visual(ids), tokens.flatten(1)[:, order]), name
+            where = Tokens.positions(tuple(tokens.shape[1:]))[order]
             assert torch.equal(sequence.positions[0, begin : begin + len(where)], where)
         if sound is not None:
             begin = row.index(int(Special.boa_o)) + 1

@@ -187,6 +187,18 @@ def test_guidance(model):
     torch.testing.assert_close(made(PROMPTS, 0.0), made([""] * 3, 1.0), rtol=0, atol=1e-4)
 
 
+def test_without_a_prompt_nothing_is_guided(model, monkeypatch):
+    rows, forward = [], model.lm.transformer.forward
+    monkeypatch.setattr(model.lm.transformer, "forward", lambda x, *rest: rows.append(len(x)) or forward(x, *rest))
+    guided, plain = Sampling(guidance=3.0), Sampling(guidance=1.0)
+    for prompt, copies in (("", 1), ("a red star", 2)):
+        rows.clear()
+        made = model.generate(prompt, sampling=guided).video
+        assert set(rows) == {copies} and (torch.equal(made, model.generate(prompt, sampling=plain).video)) == (
+            not prompt
+        )
+
+
 def test_known_frames_come_back_as_their_own_tokens(model):
     pixels = video(2)
     clip = model.generate(known_first(pixels), "i2v", seed=1)
