@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -205,6 +206,12 @@ def in_turn(
     return batches
 
 
+def outlive_one_sigterm(worker: int) -> None:
+    """Clusters send SIGTERM to all processes of a job at once. The one that trains saves and then ends its loaders, which
+    have to live until then; a second SIGTERM ends them."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class ClipData(L.LightningDataModule):
     """Loaders over any source of clips.
 
@@ -245,6 +252,7 @@ class ClipData(L.LightningDataModule):
         return StatefulDataLoader(
             Batches(source, requests), batch_size=None, num_workers=workers,
             prefetch_factor=4 if workers else None, persistent_workers=False,
+            worker_init_fn=outlive_one_sigterm,
             generator=torch.Generator(),  # so that making a loader draws nothing from the training's random numbers
         )  # fmt: skip
 

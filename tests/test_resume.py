@@ -1,7 +1,9 @@
 """An interrupted training goes on exactly as if it had never been interrupted."""
 
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -37,16 +39,20 @@ ADVERSARY = (
 class Watch(Callback):
     """Notes what each step trained on and which random number follows it; asks for the end as a cluster does."""
 
-    def __init__(self, end_after: int | None = None) -> None:
-        self.end_after, self.seen = end_after, []
+    def __init__(self, end_after: int | None = None, end_all: bool = False) -> None:
+        self.end_after, self.end_all, self.seen = end_after, end_all, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         self.seen.append((trainer.global_step, batch.name, batch.clip.keys, float(outputs["loss"])))
+        if self.end_all and trainer.global_step == self.end_after - 1:
+            for loader in multiprocessing.active_children():
+                os.kill(loader.pid, signal.SIGTERM)
+            time.sleep(0.5)
         if trainer.global_step == self.end_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(output: Path, *overrides: str, resume: bool = False, end_after: int | None = None) -> tuple[int, list]:
+def train(output: Path, *overrides: str, resume: bool = False, **end: int | bool) -> tuple[int, list]:
     """What scripts/train.py does, with an eye on it: exit status and the steps."""
     GlobalHydra.instance().clear()
     settings = [s for s in SETTINGS if "stage=lm" in overrides or not s.startswith("stage.text")]
@@ -56,7 +62,7 @@ def train(output: Path, *overrides: str, resume: bool = False, end_after: int | 
         cfg = compose("train", [*settings, f"output={output}", *overrides])
     fit.check_output(output, resume)
     L.seed_everything(1000 if resume else cfg.seed, verbose=False)  # a resumed run must not lean on its seed
-    watch = Watch(end_after)
+    watch = Watch(**end)
     data, module = instantiate(cfg.data), instantiate(cfg.stage)
     callbacks = [watch, *fit.callbacks(output, cfg.ema, cfg.save_minutes, cfg.save_steps)]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=fit.loggers(output), default_root_dir=str(output))
@@ -85,6 +91,12 @@ def tokenizer(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("tokenizer")
     assert train(output, "stage=tokenizer")[0] == 0
     return output / "model"
+
+
+def test_a_signal_to_the_loaders_too_ends_in_a_checkpoint(tmp_path):
+    status, steps = train(tmp_path, "stage=tokenizer", "data.workers=1", end_after=2, end_all=True)
+    assert status == fit.SIGTERM_STATUS and [step for step, *_ in steps] == [1, 2]
+    assert (tmp_path / LAST).is_file() and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
