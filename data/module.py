@@ -207,8 +207,8 @@ def in_turn(
 
 
 def outlive_one_sigterm(worker: int) -> None:
-    """Clusters send SIGTERM to all processes of a job at once. The one that trains saves and then ends its loaders, which
-    have to live until then; a second SIGTERM ends them."""
+    """Clusters send SIGTERM to all processes of a job at once. The one that trains saves, and its loaders have to live
+    until then; it ends them itself, or a second SIGTERM does."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

@@ -44,6 +44,13 @@ def sensible(reading: Reading) -> bool:
     return 1 <= len(colours) <= 3 and len(set(colours)) == len(colours)
 
 
+def closes(video: Tensor) -> Tensor:
+    """`(B,)` bool: whether clips `(B, 3, T, H, W)` can be played again and again without a jump: what changes from the
+    last frame to the first is at most twice what changes between two others (the median)."""
+    steps = (video.roll(-1, 2) - video).abs().mean((1, 3, 4))
+    return steps[:, -1] <= 2 * steps[:, :-1].median(1).values
+
+
 def asked(task: Task, caption: str) -> Attributes:
     """What a task's clip is to show: what its caption says, but for what the task leaves out or changes."""
     told = parse(caption)
@@ -62,6 +69,7 @@ def evaluate_task(
     clip's caption (chance), the tokenizer's reconstructions (ceiling)."""
     made, true, chance, ceiling = Tally(), Tally(), Tally(), Tally()
     readings: dict[int, tuple[Reading, Attributes]] = {}
+    closed: dict[str, list[Tensor]] = {"generated": [], "ceiling": [], "judge": []}
     quality, shown = [], []
     task, ear = model.task(name), Ear(model, world)
     started = time.monotonic()
@@ -74,6 +82,9 @@ def evaluate_task(
             continue
         reconstruction = model.tokenizer.decode(model.tokenizer.encode(target.video))
         quality.append(psnr(reconstruction, target.video))
+        if isinstance(task, Loop):  # the last frame is the first of the next time
+            for kind, video in zip(closed, (result.video, reconstruction, target.video), strict=True):
+                closed[kind].append(closes(video[:, :, :-1]))
         for i, index in enumerate(indices):
             reading, want = readings[index] = read(result.video[i]), asked(task, clip.captions[i])
             if name != "unconditional":
@@ -90,7 +101,9 @@ def evaluate_task(
     if sheet is not None and shown:
         videos = torch.stack([video for video, _ in shown])
         write_contact_sheet(sheet, videos, columns=min(6, videos.shape[2]), labels=[text for _, text in shown], scale=2)
-    scores = {"heard": ear.scores()} if ear.heard else {}
+    scores: dict[str, Any] = {"heard": ear.scores()} if ear.heard else {}
+    if closed["judge"]:
+        scores["closes"] = {kind: round(float(torch.cat(found).float().mean()), 4) for kind, found in closed.items()}
     return {
         **scores,
         "clips": total or len(ear.heard),
@@ -123,6 +136,8 @@ def _table(split: str, results: dict[str, Any], attributes: Sequence[str]) -> st
                     lines.append(f"{task:<16}{kind:<12}{scenes:<12}{cells}")
         if task == "unconditional":
             lines.append(f"{task:<16}{'sensible':<12}{'all':<12}{100 * result['sensible']:>11.1f}")
+        for kind, share in result.get("closes", {}).items():
+            lines.append(f"{task:<16}{'closes':<12}{kind:<12}{100 * share:>11.1f}")
     return "\n".join(lines)
 
 
