@@ -102,8 +102,7 @@ def check(config: str, arguments: Sequence[str]) -> None:
     try:
         overrides = OverridesParser.create().parse_overrides(texts)
     except OverrideParseException as error:
-        why = "write name=value" if "=" not in error.override else "text with spaces or special signs needs quotes"
-        raise ValueError(f"cannot read {error.override!r}: {why}") from error
+        raise ValueError(f"cannot read {error.override!r}: {_remedy(error.override, args.overrides)}") from error
     several = [o for o in overrides if o.is_sweep_override()]
     if several and not args.multirun:
         key = several[0].get_key_element()
@@ -116,6 +115,18 @@ def check(config: str, arguments: Sequence[str]) -> None:
             _check_job(config, job, groups)
         if args.multirun:  # Hydra asks for the folder of all jobs, which names a choice, before it has one of them
             HydraConfig.instance().set_config(compose(config, jobs[0], return_hydra_config=True))
+
+
+def _remedy(wrong: str, texts: Sequence[str]) -> str:
+    """What to do about an argument that is no setting, among all arguments."""
+    if "=" in wrong:
+        return "text with spaces or special signs needs quotes"
+    at = texts.index(wrong)
+    if not at:  # else it can be the second word of what is no longer a whole value
+        return "write name=value"
+    stop = next((i for i in range(at, len(texts)) if "=" in texts[i]), len(texts))
+    whole = " ".join(texts[at - 1 : stop]).replace("'", "")
+    return f"write name=value; a value with spaces needs quotes, such as '{whole}'"
 
 
 def _wrong_option(message: str) -> None:

@@ -82,8 +82,10 @@ class Formats:
             (part for part in self.parts if (part.size, part.fps) == (size, fps)), key=lambda part: part.frames
         )
         if not fit:
-            known = ", ".join(f"[{part.size[0]},{part.size[1]}] at fps={part.fps:g}" for part in self.parts)
-            raise ValueError(f"this model makes clips of size={known}; got [{size[0]},{size[1]}] at fps={fps:g}")
+            known = dict.fromkeys(f"[{part.size[0]},{part.size[1]}] at fps={part.fps:g}" for part in self.parts)
+            raise ValueError(
+                f"this model makes clips of size={', '.join(known)}; got [{size[0]},{size[1]}] at fps={fps:g}"
+            )
         if frames is None:
             return usual if usual in fit else fit[-1]
         return next((part for part in fit if part.frames >= frames), fit[-1])

@@ -169,6 +169,10 @@ def test_optimisation_and_sampler_build():
         (["data=folder"], "data.root is not set; give data.root=..."),
         (["head=categorical,factorized"], "head has several values: add -m"),
         (["lm.depth"], "cannot read 'lm.depth': write name=value"),
+        (
+            ["task=t2v", "or", "t2i", "lm=tiny"],
+            "cannot read 'or': write name=value; a value with spaces needs quotes, such as 'task=t2v or t2i'",
+        ),
         (["lm.sites=[3"], "cannot read 'lm.sites=[3'"),
         (["--steps", "3"], "unknown option --steps"),
         (["-m", "head=categorical,factorised"], "unknown head 'factorised'; did you mean factorized?"),
