@@ -70,6 +70,7 @@ def evaluate_task(
     made, true, chance, ceiling = Tally(), Tally(), Tally(), Tally()
     readings: dict[int, tuple[Reading, Attributes]] = {}
     closed: dict[str, list[Tensor]] = {"generated": [], "ceiling": [], "judge": []}
+    ends: dict[str, list[Tensor]] = {"generated": [], "ceiling": []}
     quality, shown = [], []
     task, ear = model.task(name), Ear(model, world)
     started = time.monotonic()
@@ -82,6 +83,9 @@ def evaluate_task(
             continue
         reconstruction = model.tokenizer.decode(model.tokenizer.encode(target.video))
         quality.append(psnr(reconstruction, target.video))
+        if given.known is not None and given.known.shape[2] == given.shape[0] and given.known[:, :, -1].all():
+            for kind, video in zip(ends, (result.video, reconstruction), strict=True):
+                ends[kind].append(psnr(video[:, :, -1:], target.video[:, :, -1:]))
         if isinstance(task, Loop):  # the last frame is the first of the next time
             for kind, video in zip(closed, (result.video, reconstruction, target.video), strict=True):
                 closed[kind].append(closes(video[:, :, :-1]))
@@ -104,6 +108,8 @@ def evaluate_task(
     scores: dict[str, Any] = {"heard": ear.scores()} if ear.heard else {}
     if closed["judge"]:
         scores["closes"] = {kind: round(float(torch.cat(found).float().mean()), 4) for kind, found in closed.items()}
+    if ends["ceiling"]:
+        scores["last_frame_psnr"] = {kind: round(float(torch.cat(found).median()), 2) for kind, found in ends.items()}
     return {
         **scores,
         "clips": total or len(ear.heard),
@@ -138,6 +144,8 @@ def _table(split: str, results: dict[str, Any], attributes: Sequence[str]) -> st
             lines.append(f"{task:<16}{'sensible':<12}{'all':<12}{100 * result['sensible']:>11.1f}")
         for kind, share in result.get("closes", {}).items():
             lines.append(f"{task:<16}{'closes':<12}{kind:<12}{100 * share:>11.1f}")
+        for kind, decibels in result.get("last_frame_psnr", {}).items():
+            lines.append(f"{task:<16}{'last frame':<12}{kind:<12}{decibels:>11.1f} dB")
     return "\n".join(lines)
 
 

@@ -23,7 +23,13 @@ def test_of_a_loop_it_is_told_whether_it_closes_and_not_how_it_moves(model):
     assert result["loop"]["closes"]["judge"] == 1.0 and set(result["loop"]["closes"]) == {
         "generated", "ceiling", "judge"
     }  # fmt: skip
-    assert "closes" not in result["t2v"] and "closes" in texts[0] and "closes" not in texts[1]
+    assert set(result["loop"]["last_frame_psnr"]) == {"generated", "ceiling"} and "last frame" in texts[0]
+    assert (
+        "last_frame_psnr" not in result["t2v"]
+        and "closes" not in result["t2v"]
+        and "closes" in texts[0]
+        and "closes" not in texts[1]
+    )
     caption = Zoetrope("validation").caption(0)
     assert all(one.motion is None for one in asked(Loop(), caption).objects)
     assert any(one.motion is not None for one in asked(Generation(), caption).objects)
