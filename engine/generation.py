@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reelm.data.clip import Clip
 from reelm.engine import seeds
-from reelm.engine.inputs import Inputs, at_ends, first_given, from_last, overlap, whole_length
+from reelm.engine.inputs import Inputs, at_ends, first_given, order_of, overlap, whole_length
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
 from reelm.tasks.formats import Format
@@ -139,7 +139,7 @@ def _longer(
     if task == "backward":
         video, known = at_ends(form, None, clip.video[:, :, :shared])
         known = known.expand(len(clip), -1, -1, -1, -1)
-        given = given.replace(video=video, known=known, from_last=from_last(model, task))
+        given = given.replace(video=video, known=known, order=order_of(model, task))
         further = generate(given, task).video
         return clip.replace(video=torch.cat([further[:, :, :-shared], clip.video], 2))
     video = clip.video[:, :, -shared:]

@@ -248,9 +248,9 @@ def prompted(model: VideoModel, task: str) -> bool:
     return getattr(model.task(task), "prompted", True)
 
 
-def from_last(model: VideoModel, task: str) -> bool:
-    """Whether the model makes clips of this task from the last latent frame to the first."""
-    return getattr(model.task(task), "from_last", False)
+def order_of(model: VideoModel, task: str) -> str:
+    """In which order the model makes the latent frames of a task (`task.ORDERS`)."""
+    return getattr(model.task(task), "order", "forward")
 
 
 def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samples: int, frames: int) -> Given:
@@ -259,7 +259,7 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
     size, step = form.size, model.tokenizer.compression[0]
     if inputs.prompt and not prompted(model, task):
         raise ValueError(f"task={task} heeds no prompt; leave prompt={inputs.prompt!r} out")
-    given = Given(form.shape, (inputs.prompt,) * samples, fps=form.fps, from_last=from_last(model, task))
+    given = Given(form.shape, (inputs.prompt,) * samples, fps=form.fps, order=order_of(model, task))
     most = min(overlap(model, form, task), max(min(form.frames, frames) - step, 1))
     video = known = None
     if task == "i2v":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reelm.data.clip import Clip
-from reelm.tasks.task import Given, mask_video, one_of
+from reelm.tasks.task import Given, check_order, mask_video, one_of
 
 
 def known_ends(clip: Clip, first: int, last: int, device: torch.device) -> Given:
@@ -30,8 +30,8 @@ class KnownFrames:
     `last=(5, 9)` backward continuation, `(5,)` with `last=5` connects two clips. Lengths are `1 + 4k`, so that the
     first known frames are a prefix of the clip's own tokens, and the last ones a clip of whole latent frames.
 
-    from_last: a language model makes the last latent frame first, so that each is made beside one that is known: for
-        backward continuation with attention that may look ahead in time.
+    order: in which a language model makes latent frames (`task.ORDERS`); other than forward for attention that may look
+        ahead in time.
     """
 
     name: str
@@ -40,14 +40,13 @@ class KnownFrames:
     marker: int = 0
     frames: int | None = None
     controls: tuple[str, ...] = ()
-    from_last: bool = False
+    order: str = "forward"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "first", tuple(self.first))  # a list of a configuration cannot be saved with a model
         if not isinstance(self.last, int):
             object.__setattr__(self, "last", tuple(self.last))
-        if self.from_last and self.first != (0,):
-            raise ValueError(f"{self.name} knows its first frames, first={list(self.first)}; set from_last=false")
+        check_order(self.name, self.order)
 
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         ends = self.last if isinstance(self.last, tuple) else (self.last,)
@@ -56,7 +55,7 @@ class KnownFrames:
             raise ValueError(f"{self.name} knows {least} frames; a clip of {clip.frames} leaves none to make")
         first = one_of([n for n in self.first if n + min(ends) < clip.frames], generator)
         last = one_of([n for n in ends if first + n < clip.frames], generator) if len(ends) > 1 else ends[0]
-        return known_ends(clip, first, last, clip.device).replace(from_last=self.from_last), clip
+        return known_ends(clip, first, last, clip.device).replace(order=self.order), clip
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,16 @@ class Loop:
     marker: int = 6
     frames: int | None = None
     controls: tuple[str, ...] = ()
+    order: str = "forward"
+
+    def __post_init__(self) -> None:
+        check_order(self.name, self.order)
 
     def split(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Given, Clip]:
         if clip.frames < 3:
             raise ValueError(f"{self.name} needs clips of 3 frames or more; got {clip.frames}")
         target = clip.replace(video=forth_and_back(clip.video), tokens=None, audio=None, controls={})
-        return known_ends(target, 1, 1, clip.device), target
+        return known_ends(target, 1, 1, clip.device).replace(order=self.order), target
 
 
 def forth_and_back(video: Tensor) -> Tensor:

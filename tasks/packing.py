@@ -4,8 +4,9 @@
         <bov_o> known tokens | tokens to predict [<boa_o> sound to predict]
 
 Everything before the bar is the prefix. Because the tokenizer is causal, the tokens of the first known frames are the
-first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Where only
-the last frames are known (backward continuation), tokens stand from the last latent frame to the first. Known
+first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Where the
+last frames are known, latent frames may stand in another order (`Given.order`): backward continuation is made from the
+last to the first, interpolations and loops begin with the last. Known
 frames further on go in as images at their own time, several in a row as a clip, anything else that is known as a clip
 with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
 multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
@@ -184,11 +185,16 @@ class Packer(Preparing):
         return tokens[:, start : sequence.length - int(sequence.loss[0].sum())]
 
     def order(self, given: Given) -> Tensor:
-        """The tokens of a clip in the order of making, as their numbers `(N,)` in raster order."""
-        numbers = torch.arange(prod(self.grid(given)), device=self.tokenizer.device)
-        if not given.from_last or self.masked:
+        """The tokens of a clip in the order of making, those of the leading known frames first, as their numbers `(N,)`
+        in raster order."""
+        grid, known = self.grid(given), self.prefix_frames(given)
+        numbers = torch.arange(prod(grid), device=self.tokenizer.device)
+        if given.order == "forward" or self.masked:
             return numbers
-        return numbers.unflatten(0, (self.grid(given)[0], -1)).flip(0).flatten()
+        first = 1 + (known - 1) // self.tokenizer.compression[0] if known else 0
+        frames = torch.arange(first, grid[0])
+        frames = frames.flip(0) if given.order == "backward" else frames.roll(1)
+        return numbers.unflatten(0, (grid[0], -1))[torch.cat([torch.arange(first), frames])].flatten()
 
     def prompted(self, given: Given) -> bool:
         """Whether there is a prompt, without which something else would be expected."""

@@ -12,6 +12,18 @@ from torch import Tensor
 
 from reelm.data.clip import Clip
 
+ORDERS = {  # each latent frame is best made beside one that is known
+    "forward": "from the first to the last",
+    "backward": "from the last to the first",
+    "last_first": "the last, and then the others from the first on",
+}
+
+
+def check_order(name: str, order: str) -> None:
+    """ValueError where a task makes latent frames in an order that there is not."""
+    if order not in ORDERS:
+        raise ValueError(f"{name} makes frames in one of the orders {', '.join(ORDERS)}; got {order}")
+
 
 @dataclass(frozen=True, eq=False)
 class Given:
@@ -25,7 +37,7 @@ class Given:
     audio: `(B, C, N)` the sound that is known, from the beginning of the clip on, at `audio_rate` samples a second.
     actions: `(B, n)` int64 latent actions, which lead to the last n latent frames of the clip. None: none are told.
     asks: what is to be made: ("video",), ("audio",) or ("video", "audio").
-    from_last: whether tokens are made from the last latent frame to the first, not the other way round.
+    order: in which a language model makes the latent frames that are not known (`ORDERS`).
     """
 
     shape: tuple[int, int, int]
@@ -38,7 +50,7 @@ class Given:
     audio_rate: int | None = None
     asks: tuple[str, ...] = ("video",)
     actions: Tensor | None = None
-    from_last: bool = False
+    order: str = "forward"
 
     def __len__(self) -> int:
         return len(self.captions)

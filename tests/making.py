@@ -28,7 +28,7 @@ TASKS = {
     for task in (
         Generation("t2v"), Generation("t2i", frames=1), Generation("unconditional", prompted=False),
         KnownFrames("i2v"), KnownFrames("continuation", first=(5,)), KnownFrames("interpolation", last=1),
-        KnownFrames("backward", first=(0,), last=5, from_last=True), Loop(),
+        KnownFrames("backward", first=(0,), last=5, order="backward"), Loop(order="last_first"),
         KnownFrames("connection", first=(1,), last=1), Stylization(),
         Painting("inpainting", inside=True, marker=1), Painting("outpainting", inside=False, marker=2),
     )

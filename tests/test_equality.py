@@ -171,19 +171,19 @@ def test_windows_that_were_made_before_an_interruption_are_kept(kind, monkeypatc
     assert kind != "masked" or len(calls) == 3
 
 
-@pytest.mark.parametrize("from_last", [False, True])
+@pytest.mark.parametrize("order", ["forward", "backward", "last_first"])
 @pytest.mark.parametrize("decoding", [OneByOne(), Jacobi(4)], ids=str)
 @pytest.mark.parametrize("kind", CODES)
-def test_cached_decoding_chooses_what_one_uncached_pass_does(kind, decoding, from_last):
+def test_cached_decoding_chooses_what_one_uncached_pass_does(kind, decoding, order):
     """With sound: test_with_sound.py, of continuous tokens: test_token_diffusion.py; a masked head has no cache."""
-    m, made, asked = model(kind), [], given(kind, PROMPTS[1:2]).replace(from_last=from_last)
+    m, made, asked = model(kind), [], given(kind, PROMPTS[1:2]).replace(order=order)
     clip = m.generate(asked, sampling=Sampling(temperature=0, decoding=decoding), made=made)
     ids, start = torch.cat(made, 1), m.packer.pack(asked, 0)
-    order, grid = m.packer.order(asked), m.packer.grid(asked)
+    numbers, grid = m.packer.order(asked), m.packer.grid(asked)
     codes = m.lm.head.vocabulary.from_visual(ids)
-    assert torch.equal(clip.video, m.tokenizer.decode(codes[:, order.argsort()].unflatten(1, grid)))
+    assert torch.equal(clip.video, m.tokenizer.decode(codes[:, numbers.argsort()].unflatten(1, grid)))
     assert torch.equal(torch.cat(list(m.stream(asked, sampling=Sampling(temperature=0))), 2), clip.video)
-    hidden = m.lm(start.followed_by(ids, Tokens.positions(grid, m.device)[order]))[:, start.length - 1 : -1]
+    hidden = m.lm(start.followed_by(ids, Tokens.positions(grid, m.device)[numbers]))[:, start.length - 1 : -1]
     parts = m.lm.head.split(m.lm.head.vocabulary.from_visual(ids))
     for scores, part in zip(m.lm.head.logits_given(hidden, parts), parts, strict=True):
         assert torch.equal(scores.argmax(-1), part)

@@ -32,9 +32,9 @@ TASKS = [
     Generation("unconditional", prompted=False),
     KnownFrames("i2v"),
     KnownFrames("continuation", first=(9,)),
-    KnownFrames("backward", first=(0,), last=(9,), from_last=True),
+    KnownFrames("backward", first=(0,), last=(9,), order="backward"),
     KnownFrames("rewind", first=(0,), last=1),
-    KnownFrames("interpolation", last=1),
+    KnownFrames("interpolation", last=1, order="last_first"),
     KnownFrames("connection", first=(5,), last=5),
     Loop(),
     Painting("inpainting", inside=True, marker=1),
@@ -43,7 +43,10 @@ TASKS = [
 ]
 NAMES = [task.name for task in TASKS]
 LATENTS_KNOWN = {"i2v": 1, "continuation": 3, "interpolation": 1, "connection": 2, "loop": 1}
-ORDER = {"backward": [n for frame in reversed(range(5)) for n in range(frame * PER_FRAME, (frame + 1) * PER_FRAME)]}
+ORDER = {
+    name: [n for frame in frames for n in range(frame * PER_FRAME, (frame + 1) * PER_FRAME)]
+    for name, frames in {"backward": (4, 3, 2, 1, 0), "interpolation": (0, 4, 1, 2, 3)}.items()
+}
 NEEDS_PIXELS = ("backward", "rewind", "interpolation", "connection", "loop", "inpainting", "outpainting", "stylization")
 
 
@@ -155,7 +158,7 @@ def test_each_column_knows_the_place_of_the_token_it_predicts(packer, task):
     given = split(task, whole)
     sequence = packer.pack(given, task.marker, packer.tokenizer.encode(whole.video))
     assert torch.equal(sequence.next_positions[:, :-1], sequence.positions[:, 1:])
-    first = [4, 0, 0] if task.name == "backward" else PLACES[LATENTS_KNOWN.get(task.name, 0) * PER_FRAME]
+    first = PLACES[ORDER.get(task.name, range(len(PLACES)))[LATENTS_KNOWN.get(task.name, 0) * PER_FRAME]]
     assert sequence.next_positions[0, sequence.prefix - 1].tolist() == first
     assert packer.pack(given, task.marker).next_positions[1, -1].tolist() == first
 

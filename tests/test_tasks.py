@@ -15,7 +15,7 @@ TASKS = [
     Generation("unconditional", prompted=False),
     KnownFrames("i2v"),
     KnownFrames("continuation", first=(5, 9)),
-    KnownFrames("backward", first=(0,), last=(5, 9), from_last=True),
+    KnownFrames("backward", first=(0,), last=(5, 9), order="backward"),
     KnownFrames("interpolation", last=1),
     KnownFrames("connection", first=(5,), last=5),
     Painting("inpainting", inside=True, marker=1),
@@ -129,8 +129,10 @@ def test_leading_frames_are_those_known_in_every_sample():
 def test_mistakes_are_told_in_one_line():
     with pytest.raises(ValueError, match="continuation knows 5 frames; a clip of 5 leaves none"):
         KnownFrames("continuation", first=(5,)).split(clip(5))
-    with pytest.raises(ValueError, match=r"connection knows its first frames, first=\[5\]; set from_last=false"):
-        KnownFrames("connection", first=(5,), last=5, from_last=True)
+    with pytest.raises(
+        ValueError, match="connection makes frames in one of the orders forward, backward, last_first; "
+    ):
+        KnownFrames("connection", first=(5,), last=5, order="inward")
     with pytest.raises(ValueError, match="0 < smallest <= largest < 1; got 0.5 and 0.4"):
         Painting("inpainting", True, 1, smallest=0.5, largest=0.4)
     parts = {"t2v": Generation()}
