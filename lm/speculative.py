@@ -93,8 +93,8 @@ class Jacobi:
 class Guesses:
     """The tokens of a run, of which those that were not drawn yet stand as they do nearby.
 
-    The first guess of a token is that at the same place a frame before, or after, else of the row above, else of the
-    column to the left, else the token before it.
+    The first guess of a token is that at the same place in the nearest frame that there is, else of the row above, else
+    of the column to the left, else the token before it.
     """
 
     def __init__(self, run: Run, made: Tensor) -> None:
@@ -103,11 +103,16 @@ class Guesses:
         self.ids = torch.empty(run.batch, run.steps, dtype=torch.long, device=made.device)
         self.ids[:, : self.drawn] = made
         places = torch.cat([known.positions[0], run.positions[0]]).tolist()
-        column = {tuple(place): i for i, place in enumerate(places)}
+        there: dict[tuple[int, int], dict[int, int]] = {}  # columns of the frames that have a place, by their times
         self.source = []
-        for i, (time, row, col) in enumerate(places[run.columns :], run.columns):
-            near = ((time - 1, row, col), (time + 1, row, col), (time, row - 1, col), (time, row, col - 1))
-            self.source.append(next((column[n] for n in near if column.get(n, i) < i), i - 1))
+        for i, (time, row, col) in enumerate(places):
+            if i >= run.columns:
+                frames = there.get((row, col), {})
+                near = [frames[min(frames, key=lambda other: abs(other - time))]] if frames else []
+                near += [there.get(place, {}).get(time) for place in ((row - 1, col), (row, col - 1))]
+                self.source.append(next((n for n in near if n is not None), i - 1))
+            if time >= 0:
+                there.setdefault((row, col), {})[time] = i
 
     def extend(self, stop: int) -> None:
         """Makes first guesses up to this token."""

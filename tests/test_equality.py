@@ -16,6 +16,8 @@ from reelm.lm.decoding import OneByOne
 from reelm.lm.heads import Categorical, Chained, Factorized
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling
+from reelm.lm.parallel import Blocks, Diagonal
+from reelm.lm.pixelcnn import PixelCNN
 from reelm.lm.sampling import Sampling
 from reelm.lm.speculative import Jacobi
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
@@ -187,6 +189,16 @@ def test_cached_decoding_chooses_what_one_uncached_pass_does(kind, decoding, ord
     parts = m.lm.head.split(m.lm.head.vocabulary.from_visual(ids))
     for scores, part in zip(m.lm.head.logits_given(hidden, parts), parts, strict=True):
         assert torch.equal(scores.argmax(-1), part)
+
+
+def test_ways_to_decode_that_would_change_nothing_or_the_wrong_places_are_refused():
+    with pytest.raises(ValueError, match="a masked head has passes of its own; leave the sampler with Diagonal out"):
+        model("masked").generate(PROMPTS[0], sampling=Sampling(decoding=Diagonal()))
+    m = model("categorical")
+    lm = LanguageModel(PixelCNN(32, 1), Categorical(m.lm.head.vocabulary, 32))
+    for decoding in (Diagonal(), Blocks()):
+        with pytest.raises(ValueError, match="PixelCNN makes tokens in the raster's order; leave sampler=diagonal and"):
+            VideoLM(m.tokenizer, m.text, lm, m.tasks, SHAPE, sampling=Sampling(decoding=decoding))
 
 
 def step(kind: str, m: VideoLM) -> tuple[torch.Tensor, list[torch.Tensor]]:
