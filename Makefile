@@ -27,7 +27,7 @@ $(READY): requirements-torch.txt requirements.lock pyproject.toml
 	@echo "[1/4] $(VENV), with $$($(PYTHON) --version)"
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is missing (Debian: apt install python3-venv)"; exit 1; }
 	@$(call install,2,torch (the largest part; minutes on a slow line),-r requirements-torch.txt)
-	@$(call install,3,the locked packages,--require-hashes --no-deps -r requirements.lock)
+	@$(call install,3,the locked packages (some minutes),--require-hashes --no-deps -r requirements.lock)
 	@$(call install,4,reelm itself,--no-deps --no-build-isolation -e .)
 	@touch $@
 

@@ -92,7 +92,7 @@ def _check_number(name: str, value: Any, whole: bool, least: int) -> None:
     kinds, most = (int,) if whole else (int, float), 2**48  # with room for the seeds of parts and samples
     if type(value) in kinds and least <= value < most and (value or whole):
         return
-    what = f"a whole number from {least} to {most - 1}" if whole else f"a number above {least}"
+    what = f"a whole number from {least} on, below 2^48" if whole else f"a number above {least}"
     raise ValueError(f"{name}={value}; give {what}")
 
 

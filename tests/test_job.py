@@ -157,7 +157,7 @@ def test_tokens_outlive_memory_and_disk(box, tmp_path, written, capsys, monkeypa
         ({"seconds": float("inf")}, "seconds=inf; give"),
         ({"samples": 1.5}, "samples=1.5; give a whole number"),
         ({"samples": 0}, "samples=0; give"),
-        ({"seed": 10**30}, "give a whole number from 0 to 281474976710655"),
+        ({"seed": 10**30}, "give a whole number from 0 on, below 2.48"),
         ({"fps": 0}, "fps=0; give a number above 0"),
         ({"fps": "fast"}, "fps=fast; give"),
         ({"size": 0}, "size=0; give .height,width. in pixels"),
