@@ -41,7 +41,7 @@ PROMPT = "a red star moves left while a blue circle bounces"
 WAYS = {
     "one by one": OneByOne(),
     "Jacobi": Jacobi(),
-    "Jacobi, window 16": Jacobi(16),
+    "Jacobi, window 32": Jacobi(32),
     "Jacobi, maximal coupling": Jacobi(16, "maximal"),
     "Jacobi, window 64": Jacobi(64, columns=128),
     "Jacobi, lenience 30": Jacobi(24, "maximal", lenience=30),

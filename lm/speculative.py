@@ -45,7 +45,7 @@ class Jacobi:
         processor that is busy gains nothing from fewer passes.
     """
 
-    window: int = 32
+    window: int = 16
     coupling: str = "gumbel"
     lenience: float = 1.0
     columns: int = 64
