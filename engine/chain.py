@@ -12,7 +12,7 @@ from torch import Tensor
 from reelm.data.clip import Clip
 from reelm.engine import seeds
 from reelm.engine.generation import lengths, make
-from reelm.engine.inputs import NEEDS, SOUNDING, Inputs, prompted
+from reelm.engine.inputs import NEEDS, SOUNDING, Inputs
 from reelm.engine.interruption import Windows
 from reelm.engine.video_model import VideoModel
 
@@ -30,7 +30,7 @@ def make_chain(
     clip, windows, seed = None, Windows(made), options.pop("seed", 0)
     for link, (task, inputs) in enumerate(steps):
         inputs = inputs if clip is None else inputs.after(clip, task)
-        if not prompted(model, task):  # what is said of the whole chain is no mistake here
+        if not model.prompted(task):  # what is said of the whole chain is no mistake here
             inputs = replace(inputs, prompt="")
         clip = make(model, task, inputs, seed=seed + link * seeds.LINK, made=windows, **options)
     return clip

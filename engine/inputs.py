@@ -243,11 +243,6 @@ def at_ends(form: Format, first: Tensor | None, last: Tensor | None) -> tuple[Te
     return video, known
 
 
-def prompted(model: VideoModel, task: str) -> bool:
-    """Whether the model was taught to heed the prompts of a task."""
-    return getattr(model.task(task), "prompted", True)
-
-
 def order_of(model: VideoModel, task: str) -> str:
     """In which order the model makes the latent frames of a task (`task.ORDERS`)."""
     return getattr(model.task(task), "order", "forward")
@@ -257,7 +252,7 @@ def first_given(model: VideoModel, task: str, inputs: Inputs, form: Format, samp
     """What the model is told for its first window of a clip that is to have `frames` frames."""
     inputs.check(task)
     size, step = form.size, model.tokenizer.compression[0]
-    if inputs.prompt and not prompted(model, task):
+    if inputs.prompt and not model.prompted(task):
         raise ValueError(f"task={task} heeds no prompt; leave prompt={inputs.prompt!r} out")
     given = Given(form.shape, (inputs.prompt,) * samples, fps=form.fps, order=order_of(model, task))
     most = min(overlap(model, form, task), max(min(form.frames, frames) - step, 1))

@@ -194,9 +194,7 @@ class VideoLM(VideoModel):
 
     def frames_played(self, given: Given) -> int:
         """To how many latent frames an action has to be told: those that are made, but for a clip's first."""
-        leading = self.packer.prefix_frames(given)
-        known = 1 + (leading - 1) // self.tokenizer.compression[0] if leading else 0
-        return self.packer.grid(given)[0] - max(known, 1)
+        return self.packer.grid(given)[0] - max(self.packer.known_latents(given), 1)
 
     def _played(self, given: Given, seeds: list[int]) -> Given:
         """With an action for each latent frame but the first: those of known frames are what the action model sees,

@@ -111,6 +111,10 @@ class VideoModel(nn.Module):
             raise ValueError(f"this model has no task {name!r}; it was trained for {', '.join(self.tasks)}")
         return self.tasks[name]
 
+    def prompted(self, task: str) -> bool:
+        """Whether the model was taught to heed the prompts of a task."""
+        return getattr(self.task(task), "prompted", True)
+
     def sampling_with(self, changes: Mapping[str, Any]) -> Any:
         """The model's own way to sample with some settings changed; ValueError for those that it does not have."""
         names = [field.name for field in fields(self.sampling)]
@@ -145,12 +149,12 @@ class VideoModel(nn.Module):
     def _given(self, given: Given | str | list[str], task: str) -> Given:
         if isinstance(given, Given):
             return given.to(self.device)
-        known, captions = self.task(task), (given,) if isinstance(given, str) else tuple(given)
-        if not getattr(known, "from_prompt", False):
+        wanted, captions = self.task(task), (given,) if isinstance(given, str) else tuple(given)
+        if not getattr(wanted, "from_prompt", False):
             raise ValueError(f"task={task} needs more than a prompt: give what it is made from, as a Given")
-        captions = captions if getattr(known, "prompted", True) else ("",) * len(captions)
-        shape = (known.frames or self.shape[0], *self.shape[1:])
-        return Given(shape, captions, fps=self.fps, asks=getattr(known, "asks", ("video",)))
+        captions = captions if self.prompted(task) else ("",) * len(captions)
+        shape = (wanted.frames or self.shape[0], *self.shape[1:])
+        return Given(shape, captions, fps=self.fps, asks=getattr(wanted, "asks", ("video",)))
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", notes: dict[str, Any] | None = None) -> None:
         """Writes `tokenizer/`, other parts such as `audio/`, the trained part, `text.model` and, last, `config.json`.

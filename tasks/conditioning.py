@@ -52,9 +52,9 @@ class Conditioner(Preparing):
         """Latents of what is known, its shares, and which latent frames are kept."""
         if given.known is None or not given.known.any():
             return None, None, None
-        step, frames = self.tokenizer.compression[0], given.shape[0]
+        frames = given.shape[0]
         leading = self.prefix_frames(given)
-        count = 1 + (leading - 1) // step if leading else 0
+        count = self.known_latents(given)
         shares = self._shares(given)
         later = F.pad(given.known, (0, 0, 0, 0, 0, frames - given.known.shape[2]))[:, :, leading:]
         if later.any():

@@ -4,11 +4,13 @@
         <bov_o> known tokens | tokens to predict [<boa_o> sound to predict]
 
 Everything before the bar is the prefix. Because the tokenizer is causal, the tokens of the first known frames are the
-first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Where the
-last frames are known, latent frames may stand in another order (`Given.order`): backward continuation is made from the
-last to the first, interpolations and loops begin with the last. Known
+first tokens of the clip itself, so T2V, image to video and continuation differ only in where the bar stands. Known
 frames further on go in as images at their own time, several in a row as a clip, anything else that is known as a clip
-with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Text is padded with <pad> to a
+with the unknown pixels grey, whose wholly unknown tokens are replaced by <mask>. Where the last frames are known,
+latent frames may stand in another order (`Given.order`): backward continuation is made from the last to the first,
+interpolations and loops begin with the last.
+
+Text is padded with <pad> to a
 multiple of 8, as ordinary tokens, so that no attention mask is needed; leaving the prompt out (classifier-free
 guidance) means <pad> in place of the text, and where a clip is made from its sound or a sound from its clip, in place
 of what is told. The end tokens are left out: the length is asked for, not predicted. A model of several formats is told
@@ -187,11 +189,11 @@ class Packer(Preparing):
     def order(self, given: Given) -> Tensor:
         """The tokens of a clip in the order of making, those of the leading known frames first, as their numbers `(N,)`
         in raster order."""
-        grid, known = self.grid(given), self.prefix_frames(given)
+        grid = self.grid(given)
         numbers = torch.arange(prod(grid), device=self.tokenizer.device)
         if given.order == "forward" or self.masked:
             return numbers
-        first = 1 + (known - 1) // self.tokenizer.compression[0] if known else 0
+        first = self.known_latents(given)
         frames = torch.arange(first, grid[0])
         frames = frames.flip(0) if given.order == "backward" else frames.roll(1)
         return numbers.unflatten(0, (grid[0], -1))[torch.cat([torch.arange(first), frames])].flatten()
@@ -244,8 +246,7 @@ class Packer(Preparing):
         if not asks_video:
             tokens, known, latents = None, 0, 0
         elif target is not None:
-            leading = given.leading
-            latents = 0 if not leading else 1 + (leading - 1) // self.tokenizer.compression[0]
+            latents = self.known_latents(given)
             tokens = target.flatten(1, 3)[:, order]
             known = latents * per_frame
         else:

@@ -51,8 +51,13 @@ class Preparing:
 
     def prefix_frames(self, given: Given) -> int:
         """How many leading known frames are a prefix of the clip's tokens; those that fill no latent frame are not."""
-        leading, step = given.leading, self.tokenizer.compression[0]
-        return 1 + (leading - 1) // step * step if leading else 0
+        latents = self.known_latents(given)
+        return 1 + (latents - 1) * self.tokenizer.compression[0] if latents else 0
+
+    def known_latents(self, given: Given) -> int:
+        """How many leading latent frames of the clip are known."""
+        leading = given.leading
+        return 1 + (leading - 1) // self.tokenizer.compression[0] if leading else 0
 
     def needs_pixels(self, given: Given) -> bool:
         """Whether more is known than a prefix of the clip's own tokens, which says it in tokens of other pixels."""

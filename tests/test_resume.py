@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import lightning as L
@@ -47,7 +46,8 @@ class Watch(Callback):
         if self.end_all and trainer.global_step == self.end_after - 1:
             for loader in multiprocessing.active_children():
                 os.kill(loader.pid, signal.SIGTERM)
-            time.sleep(0.5)
+                loader.join(0.5)
+                assert loader.is_alive()
         if trainer.global_step == self.end_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
