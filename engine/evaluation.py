@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ from torch import Tensor
 from reelm.data.clip import Clip
 from reelm.data.module import Group, in_turn
 from reelm.data.writing import write_contact_sheet
-from reelm.data.zoetrope.captions import Asked, Attributes, parse
+from reelm.data.zoetrope.captions import Attributes
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine.hearing import Ear
 from reelm.engine.loading import load
 from reelm.engine.video_model import VideoModel
+from reelm.engine.zoetrope_scoring import asked, closes, even, sensible
 from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.evaluation.zoetrope_hearing import ATTRIBUTES as AUDIBLE
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
 from reelm.evaluation.zoetrope_reading import Reading, read
 from reelm.tasks.known_frames import Loop
-from reelm.tasks.task import Task
-from reelm.tasks.with_sound import WithSound
 
 
 def batches(world: Zoetrope, model: VideoModel, name: str, count: int, size: int) -> Iterable[tuple[list[int], Clip]]:
@@ -38,29 +37,6 @@ def batches(world: Zoetrope, model: VideoModel, name: str, count: int, size: int
         yield indices, Clip.stack([world.get(i, **group.options()) for i in indices])
 
 
-def sensible(reading: Reading) -> bool:
-    """Whether a clip made from nothing shows a world that could be: one to three objects of different colours."""
-    colours = [thing.colour for thing in reading.objects]
-    return 1 <= len(colours) <= 3 and len(set(colours)) == len(colours)
-
-
-def closes(video: Tensor) -> Tensor:
-    """`(B,)` bool: whether clips `(B, 3, T, H, W)` can be played again and again without a jump: what changes from the
-    last frame to the first is at most twice what changes between two others (the median)."""
-    steps = (video.roll(-1, 2) - video).abs().mean((1, 3, 4))
-    return steps[:, -1] <= 2 * steps[:, :-1].median(1).values
-
-
-def asked(task: Task, caption: str) -> Attributes:
-    """What a task's clip is to show: what its caption says, but for what the task leaves out or changes."""
-    told = parse(caption)
-    if isinstance(task, Loop):  # motions lead back, so they are no longer what they were
-        return replace(told, objects=tuple(replace(one, motion=None) for one in told.objects), camera=None)
-    if isinstance(task, WithSound) and not task.prompted:  # sound tells shapes by pitch and sizes by loudness
-        return Attributes(tuple(Asked(one.shape, size=one.size) for one in told.objects))
-    return told
-
-
 @torch.inference_mode()
 def evaluate_task(
     model: VideoModel, name: str, world: Zoetrope, clips: int, batch: int, sheet: Path | None = None
@@ -69,7 +45,7 @@ def evaluate_task(
     clip's caption (chance), the tokenizer's reconstructions (ceiling)."""
     made, true, chance, ceiling = Tally(), Tally(), Tally(), Tally()
     readings: dict[int, tuple[Reading, Attributes]] = {}
-    closed: dict[str, list[Tensor]] = {"generated": [], "ceiling": [], "judge": []}
+    loops: dict[str, list[Tensor]] = {"generated": [], "ceiling": [], "judge": []}
     ends: dict[str, list[Tensor]] = {"generated": [], "ceiling": []}
     quality, shown = [], []
     task, ear = model.task(name), Ear(model, world)
@@ -87,8 +63,8 @@ def evaluate_task(
             for kind, video in zip(ends, (result.video, reconstruction), strict=True):
                 ends[kind].append(psnr(video[:, :, -1:], target.video[:, :, -1:]))
         if isinstance(task, Loop):  # the last frame is the first of the next time
-            for kind, video in zip(closed, (result.video, reconstruction, target.video), strict=True):
-                closed[kind].append(closes(video[:, :, :-1]))
+            for kind, video in zip(loops, (result.video, reconstruction, target.video), strict=True):
+                loops[kind].append(video[:, :, :-1])
         for i, index in enumerate(indices):
             reading, want = readings[index] = read(result.video[i]), asked(task, clip.captions[i])
             if name != "unconditional":
@@ -106,8 +82,11 @@ def evaluate_task(
         videos = torch.stack([video for video, _ in shown])
         write_contact_sheet(sheet, videos, columns=min(6, videos.shape[2]), labels=[text for _, text in shown], scale=2)
     scores: dict[str, Any] = {"heard": ear.scores()} if ear.heard else {}
-    if closed["judge"]:
-        scores["closes"] = {kind: round(float(torch.cat(found).float().mean()), 4) for kind, found in closed.items()}
+    for measure in (closes, even) if loops["judge"] else ():
+        shares = {
+            kind: float(torch.cat([measure(loop) for loop in found]).float().mean()) for kind, found in loops.items()
+        }
+        scores[measure.__name__] = {kind: round(share, 4) for kind, share in shares.items()}
     if ends["ceiling"]:
         scores["last_frame_psnr"] = {kind: round(float(torch.cat(found).median()), 2) for kind, found in ends.items()}
     return {
@@ -142,8 +121,9 @@ def _table(split: str, results: dict[str, Any], attributes: Sequence[str]) -> st
                     lines.append(f"{task:<16}{kind:<12}{scenes:<12}{cells}")
         if task == "unconditional":
             lines.append(f"{task:<16}{'sensible':<12}{'all':<12}{100 * result['sensible']:>11.1f}")
-        for kind, share in result.get("closes", {}).items():
-            lines.append(f"{task:<16}{'closes':<12}{kind:<12}{100 * share:>11.1f}")
+        for measure in ("closes", "even"):
+            for kind, share in result.get(measure, {}).items():
+                lines.append(f"{task:<16}{measure:<12}{kind:<12}{100 * share:>11.1f}")
         for kind, decibels in result.get("last_frame_psnr", {}).items():
             lines.append(f"{task:<16}{'last frame':<12}{kind:<12}{decibels:>11.1f} dB")
     return "\n".join(lines)

@@ -11,12 +11,12 @@ from reelm.data.clip import Clip
 from reelm.data.writing import write_contact_sheet
 from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine.video_model import VideoModel
-from reelm.evaluation.zoetrope_hearing import ATTRIBUTES, Hearing, hear, picture, score, truth_of
+from reelm.engine.zoetrope_scoring import heard_right
+from reelm.evaluation.zoetrope_hearing import Hearing, hear, picture, truth_of
 from reelm.evaluation.zoetrope_judge import Tally
 from reelm.tasks.task import Given
 
 KINDS = ("generated", "ceiling", "judge", "chance")
-TOLD_BY_PROMPTS = ("voices", "pitch", "bouncing")  # where and when voices sound, prompts leave open
 
 
 class Ear:
@@ -27,12 +27,12 @@ class Ear:
         self.tallies = {kind: Tally() for kind in KINDS}
         self.heard: dict[int, tuple[Hearing, Hearing]] = {}
         self.pictures: list[tuple[Tensor, str]] = []
-        self.kept: tuple[str, ...] = ATTRIBUTES
+        self.given: Given | None = None
 
     def add(self, indices: list[int], given: Given, target: Clip, result: Clip) -> None:
         """Counts a batch in."""
         rate, audio = target.audio_rate, self.model.audio
-        self.kept = ATTRIBUTES if given.known is not None else TOLD_BY_PROMPTS
+        self.given = given
         ceiling = audio.decode(audio.encode(target.audio))[..., : target.audio.shape[-1]]
         for i, index in enumerate(indices):
             truth = truth_of(self.world.scene(index, target.frames, target.fps), target.frames / target.fps)
@@ -49,8 +49,7 @@ class Ear:
                 self.pictures.append((picture(played, own, rate, truth), target.captions[i]))
 
     def _note(self, kind: str, heard: Hearing, truth: Hearing) -> None:
-        counts = {name: count for name, count in score(heard, truth).items() if name in self.kept}
-        self.tallies[kind].note(counts, single=len(truth.voices) == 1)
+        self.tallies[kind].note(heard_right(heard, truth, self.given), single=len(truth.voices) == 1)
 
     def scores(self) -> dict[str, dict[str, dict[str, float]]]:
         """Shares of what is right, by kind, scenes and attribute; chance is the scene of the next clip."""

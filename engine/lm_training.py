@@ -15,6 +15,7 @@ from reelm.data.tokens import TokenShards
 from reelm.engine import store
 from reelm.engine.model_training import ModelTraining
 from reelm.engine.optimisation import Optimisation
+from reelm.engine.reinforcement import Reinforcement
 from reelm.engine.video_lm import VideoLM, check_actions
 from reelm.lm.audio_visual import AudioVisual
 from reelm.lm.heads import Head
@@ -59,6 +60,8 @@ class LMTraining(ModelTraining):
             longest (lm/packed.py). Best with lm.attention=flash.
         actions: folder of a trained latent action model, whose codes of the clips are told to a masked head (Genie); it
             stays frozen.
+        reinforcement: learn also from a reward for clips that the model makes of what its batches give; None: not. For
+            a model that was trained before (`init`).
     """
 
     made = VideoLM
@@ -84,6 +87,7 @@ class LMTraining(ModelTraining):
         prompt_weight: float = 0.0,
         pack: bool = False,
         actions: str | Path | None = None,
+        reinforcement: Reinforcement | None = None,
     ) -> None:
         if head is None:
             raise ValueError("head=dit_flow is no head of the language model: leave stage=lm out or choose another")
@@ -132,7 +136,9 @@ class LMTraining(ModelTraining):
                 "stage.pack=true is for transformers that go on, without lm.layout or cross_attention; "
                 f"leave it out with lm={type(lm).__name__} and head={type(self.lm.head).__name__}"
             )
-        self.pack = pack
+        self.pack, self.reinforcement = pack, reinforcement
+        if reinforcement is not None:
+            reinforcement.check(self.lm.head)
         acts = None if actions is None else store.load(store.part_of(actions, "actions"))
         self.latent_actions = [acts]
         self.actions_hash = None if acts is None else store.fingerprint(acts)
@@ -146,7 +152,12 @@ class LMTraining(ModelTraining):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = self.dropped(len(batch.clip))
         weighting = self.weighting if self.training else None  # what validation logs is without weights
-        return self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=weighting)
+        loss, metrics = self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=weighting)
+        if self.training and self.reinforcement is not None:
+            more, reward = self.reinforcement.loss(self.model, batch.clip, batch.name)
+            loss = loss + self.reinforcement.weight * more
+            self.log(f"reward/{batch.name}", reward, batch_size=len(batch.clip))
+        return loss, metrics
 
     def more(self) -> dict[str, Any]:
         return {"audio": self.audio_tokenizer[0], "actions": self.latent_actions[0]}

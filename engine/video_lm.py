@@ -152,7 +152,7 @@ class VideoLM(VideoModel):
             yield numbers, ids
 
     def _sound(self, batch: Batch, sequence: Sequence, sampling: Sampling) -> Tensor:
-        """`(B, C, N)` that continues a sequence which asks for sound, level by level.
+        """Codes `(B, t, levels)` of the sound that continues a sequence which asks for it, made level by level.
 
         Places of sound are no grid: where tokens are made in other groups than one by one, sound is not.
         """
@@ -167,8 +167,7 @@ class VideoLM(VideoModel):
             sequence = sequence.followed_by(ids, where)
             made.append(ids)
         codes = sound.codes(torch.cat(made, 1))
-        codes = codes if heard is None else torch.cat([heard, codes], 1)
-        return decode_within_memory(self.audio, codes)[..., : sound.samples(given)]
+        return codes if heard is None else torch.cat([heard, codes], 1)
 
     def _how(self, sampling: Sampling | TokenDenoising | None, given: Given | None = None) -> Sampling | TokenDenoising:
         """The way to sample; where it leaves it open in which passes, speculatively, which changes nothing.
@@ -319,18 +318,43 @@ class VideoLM(VideoModel):
         """Frames and sound of a batch, where they are asked for."""
         if self.packer.masked or self.packer.space is not None:
             return self._at_once(batch, sampling), None
-        video, sequence, asks = None, batch.sequence, batch.given.asks
+        return self._decoded(batch.given, *self._codes(batch, sampling))
+
+    def _codes(self, batch: Batch, sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:
+        """Codes `(B, t, h, w)` of a batch's video and `(B, t, levels)` of its sound, where they are asked for."""
+        codes, sequence, asks = None, batch.sequence, batch.given.asks
         if "video" in asks:
             codes, _ = deque(self._decode(batch, sampling), maxlen=1).pop()
-        if "audio" in asks:
-            if "video" in asks:
-                known = self.packer.known_in(sequence).shape[1]
-                ids = self.lm.head.vocabulary.to_visual(codes.flatten(1))[:, known:]
-                sequence = self.packer.asking_for_sound(sequence, ids, batch.given)
-            audio = self._sound(batch, sequence, sampling)
-        if "video" in asks:
-            video = decode_within_memory(self.tokenizer, codes)
-        return video, audio if "audio" in asks else None
+        if "audio" not in asks:
+            return codes, None
+        if codes is not None:
+            known = self.packer.known_in(sequence).shape[1]
+            ids = self.lm.head.vocabulary.to_visual(codes.flatten(1))[:, known:]
+            sequence = self.packer.asking_for_sound(sequence, ids, batch.given)
+        return codes, self._sound(batch, sequence, sampling)
+
+    def _decoded(self, given: Given, codes: Tensor | None, sound: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Frames and sound of their codes."""
+        video = None if codes is None else decode_within_memory(self.tokenizer, codes)
+        if sound is None:
+            return video, None
+        return video, decode_within_memory(self.audio, sound)[..., : self.packer.sound.samples(given)]
+
+    @torch.inference_mode()
+    def draw(self, given: Given, task: str, sampling: Sampling, seed: int = 0) -> tuple[Clip, Tensor | None]:
+        """As `generate`: a clip with its own `tokens`, and the codes `(B, t, levels)` of its sound, where it is asked
+        for. For heads that predict codes one by one."""
+        given = self._given(given, task)
+        sampling = self._how(sampling, given)
+        batches = self._batches(given, task, seed, None, None, given.asks)
+        made = [self._codes(batch, sampling) for batch in batches]
+        rows = [batch.rows for batch in batches]
+        codes, sound = (None if part[0] is None else in_order(list(part), rows) for part in zip(*made, strict=True))
+        video, audio = self._decoded(given, codes, sound)
+        rate = None if audio is None else self.audio.rate
+        return Clip(
+            given.video if video is None else video, given.fps, given.captions, audio, rate, tokens=codes
+        ), sound
 
     @torch.inference_mode()
     def stream(

@@ -102,7 +102,7 @@ class AudioVisual(nn.Module):
             loss, metrics = part.loss(hidden, ids, mine)
             losses.append(loss)
             logged.append(metrics)
-            weights.append(mine[:, 1:].sum())
+            weights.append(mine[:, 1:].float().abs().sum())
             counts.append((mine[:, 1:] != 0).sum())
         if not losses:
             raise ValueError("no id of this batch is to be predicted; its loss mask is empty")

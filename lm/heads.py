@@ -120,6 +120,7 @@ class Head(nn.Module):
             hidden: `(B, L, width)`; column i predicts the id of column i + 1.
             ids: `(B, L)`.
             mask: `(B, L)` bool or float: the ids to predict, or their weights; 0 where an id is not to be predicted.
+                Ids of negative weight become less probable; the mean is over the weights' sizes.
         """
         chosen = mask[:, 1:] != 0
         return self.mean_loss(hidden[:, :-1][chosen], ids[:, 1:][chosen], mask[:, 1:][chosen].float())
@@ -161,7 +162,7 @@ class Head(nn.Module):
             )
         weighted, plain, right = torch.stack(sums).sum(0)
         logged = {"nll": plain.detach() / len(ids), "accuracy": right.detach() / len(ids)}
-        return weighted / weights.sum(), logged
+        return weighted / weights.abs().sum(), logged
 
     def _sums(self, hidden: Tensor, weights: Tensor, *targets: Tensor) -> Tensor:
         plain, right = zip(

@@ -189,6 +189,7 @@ class Transformer(nn.Module):
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
     checkpointing = False  # whether what is inside of the blocks is computed again in the backward pass, not kept
+    light: torch.dtype | None = None  # of the cache, where layers multiply in lighter weights (precision.py)
 
     def __init__(
         self,
@@ -343,7 +344,8 @@ class Transformer(nn.Module):
         return x.masked_scatter(slots[..., None], vectors)
 
     def new_cache(self, batch: int, columns: int, dtype: torch.dtype | None = None) -> Cache:
-        """An empty cache for `columns` columns of `batch` rows, where the weights are."""
+        """An empty cache for `columns` columns of `batch` rows, where the weights are; dtype: by default that in which
+        the model multiplies."""
         weight = self.norm.weight
         shape = (batch, self.kv_heads or self.heads, columns, self.width // self.heads)
-        return Cache(self.depth * (1 + self.dual), shape, dtype or weight.dtype, weight.device)
+        return Cache(self.depth * (1 + self.dual), shape, dtype or self.light or weight.dtype, weight.device)
