@@ -24,6 +24,7 @@ from reelm.engine.qwen3 import to_qwen3
 from reelm.engine.video_lm import VideoLM
 from reelm.evaluation.zoetrope_judge import Tally
 from reelm.evaluation.zoetrope_reading import read
+from reelm.lm.compiled import Passes
 from reelm.lm.decoding import OneByOne, generate
 from reelm.lm.heads import Categorical
 from reelm.lm.language_model import LanguageModel
@@ -50,6 +51,7 @@ WAYS = {
     "diagonals": Diagonal(),
     "blocks, 2 x 2": Blocks(2, 2),
 }
+COMPILED = "float32, compiled"
 EXACT = ("one by one", "Jacobi")  # those that are tried with lighter weights too
 
 
@@ -79,9 +81,16 @@ def step(model: VideoLM, lm: LanguageModel, tokens: int, sampling: Sampling) -> 
     return Arm(work, len(where), "passes/s")
 
 
-def peers(size: Transformer, tokens: int, name: str) -> dict[str, Arm]:
+def in_compiled_passes(lm: LanguageModel) -> LanguageModel:
+    """The same model, which decodes in compiled passes."""
+    lm = copy.deepcopy(lm)
+    lm.transformer.passes = Passes(lm.transformer)
+    return lm
+
+
+def peers(size: Transformer, tokens: int, name: str, compiled: bool) -> dict[str, Arm]:
     """`transformers` with the same weights as ours, as Qwen3 is shaped, greedy and without guidance; and the bare
-    linear layers. All names begin with `name`."""
+    linear layers. All names begin with `name`. compiled: also our passes compiled, which takes half a minute."""
     shape = {part: getattr(size, part) for part in ("width", "depth", "heads", "kv_heads", "mlp_ratio")}
     vocabulary = Vocabulary(4096)
     head = Categorical(vocabulary, size.width, offset=0, size=vocabulary.size - 1)
@@ -105,6 +114,10 @@ def peers(size: Transformer, tokens: int, name: str) -> dict[str, Arm]:
         arguments = (light.transformer, light.head, sequence, where, Sampling(0.0))
         arms[f"{name}: linear layers {dtype}"] = stack(light, 1)
         arms[f"{name}: ours {dtype}"] = Arm(lambda arguments=arguments: generate(*arguments), tokens, "tokens/s")
+    if compiled:
+        light = in_compiled_passes(lm)
+        arguments = (light.transformer, light.head, sequence, where, Sampling(0.0))
+        arms[f"{name}: ours {COMPILED}"] = Arm(lambda arguments=arguments: generate(*arguments), tokens, "tokens/s")
     if not torch.equal(made[torch.float32], arms[f"{name}: ours float32"].work()):
         raise RuntimeError("transformers and this model make other tokens of the same weights")
     return arms
@@ -114,16 +127,19 @@ def costs(model: VideoLM, lms: dict[str, LanguageModel], larger: Transformer, se
     """What a pass costs: beside its linear layers, with and without guidance, beside `transformers`; and the same of a
     larger transformer, whose weights take longer to read than all that is small takes to do."""
     tokens, rounds = (4, 3) if settings.quick else (32, settings.rounds)
+    compiled = not settings.quick
+    kinds = (*lms, *(COMPILED,) * compiled)
     guided, alone = Sampling(top_p=0.95, guidance=2.0), Sampling(top_p=0.95)
     arms: dict[str, Arm] = {}
     for dtype, lm in lms.items():
         arms[f"linear layers {dtype}"] = stack(lm, 2)
-        arms[f"pass {dtype}"] = step(model, lm, tokens, guided)
-        arms[f"pass without guidance {dtype}"] = step(model, lm, tokens, alone)
+    for kind, lm in (lms | {COMPILED: in_compiled_passes(lms["float32"])} if compiled else lms).items():
+        arms[f"pass {kind}"] = step(model, lm, tokens, guided)
+        arms[f"pass without guidance {kind}"] = step(model, lm, tokens, alone)
     arms["pass float32 again"] = step(model, lms["float32"], tokens, guided)
     sizes = {"box": lms["float32"].transformer, "larger": larger}
     for name, size in sizes.items():
-        arms |= peers(size, tokens, name)
+        arms |= peers(size, tokens, name, compiled)
     measure(arms, rounds, settings.threads)
     rate = {name: arm.rate for name, arm in arms.items()}
 
@@ -134,19 +150,22 @@ def costs(model: VideoLM, lms: dict[str, LanguageModel], larger: Transformer, se
     best: dict[str, dict[str, float]] = {}
     for name in sizes:
         theirs = max((f"{name}: transformers {dtype}" for dtype in FORMATS[:2]), key=rate.__getitem__)
-        ours = max((f"{name}: ours {dtype}" for dtype in FORMATS), key=rate.__getitem__)
+        ours = max((f"{name}: ours {kind}" for kind in kinds), key=rate.__getitem__)
         best[name] = {
-            "float32": ratio(f"{name}: ours float32", f"{name}: transformers float32"),
-            f"best ({ours.split()[-1]} over {theirs.split()[-1]})": ratio(ours, theirs),
+            kind: ratio(f"{name}: ours {kind}", f"{name}: transformers float32")
+            for kind in kinds
+            if kind in ("float32", COMPILED)
         }
+        best[name][f"best ({ours.split(': ours ')[1]} over {theirs.split()[-1]})"] = ratio(ours, theirs)
     return {
         "rates": rate,
         "same_twice": ratio("pass float32 again", "pass float32"),
-        "share_of_linear_layers": {d: ratio(f"pass {d}", f"linear layers {d}") for d in lms},
-        "cost_of_guidance": {d: ratio(f"pass without guidance {d}", f"pass {d}") for d in lms},
+        "share_of_linear_layers": {k: ratio(f"pass {k}", f"linear layers {k.split(',')[0]}") for k in kinds},
+        "cost_of_guidance": {k: ratio(f"pass without guidance {k}", f"pass {k}") for k in kinds},
         "times_transformers": best,
         "share_of_linear_layers_alone": {  # one row, no guidance, no sampling to speak of
-            name: {d: ratio(f"{name}: ours {d}", f"{name}: linear layers {d}") for d in FORMATS} for name in sizes
+            name: {k: ratio(f"{name}: ours {k}", f"{name}: linear layers {k.split(',')[0]}") for k in kinds}
+            for name in sizes
         },
         "parameters": {name: sum(p.numel() for p in size.parameters()) for name, size in sizes.items()},
     }
@@ -235,9 +254,9 @@ def table(results: dict[str, Any]) -> str:
     costs, lines = results["costs"], []
     for name, rate in costs["rates"].items():
         lines.append(f"{name:34}{rate:9.1f} a second")
-    for dtype, share in costs["share_of_linear_layers"].items():
-        guidance = costs["cost_of_guidance"][dtype]
-        lines.append(f"{dtype}: {share:.2f} of the bare linear layers; guidance costs {guidance:.2f} times")
+    for kind, share in costs["share_of_linear_layers"].items():
+        guidance = costs["cost_of_guidance"][kind]
+        lines.append(f"{kind}: {share:.2f} of the bare linear layers; guidance costs {guidance:.2f} times")
     for size, kinds in costs["times_transformers"].items():
         lines.append(f"{size}, {costs['parameters'][size] / 1e6:.1f} M parameters in the transformer, one row, greedy:")
         lines += [f"  {times:.2f} times transformers' generate, {name}" for name, times in kinds.items()]

@@ -308,6 +308,15 @@ def test_two_processes_train_together(tmp_path):
     assert store.load(tmp_path / "model").vocabulary == 4096
 
 
+@pytest.mark.slow
+def test_two_processes_train_tasks_of_which_some_use_no_sound(tokenizer, tmp_path):
+    output, sound = tmp_path / "lm", ROOT / "pretrained/zoetrope/audio"
+    arguments = ("trainer=ddp", "task=audio_visual", "seed=1", f"stage.audio={sound}", f"output={output}")
+    done = process("train", *arguments, f"stage.tokenizer={tokenizer}/model", *LM, *TINY, "trainer.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert VideoLM.from_pretrained(output / "model").audio is not None
+
+
 def test_a_clip_is_reconstructed(tokenizer, tmp_path, capsys):
     clip = write_video(tmp_path / "a, [b].mp4", Clip(torch.rand(1, 3, 9, 33, 47) * 2 - 1))
     output = tmp_path / "out.mp4"
