@@ -20,7 +20,7 @@ from reelm.data.zoetrope.dataset import Zoetrope
 from reelm.engine.hearing import Ear
 from reelm.engine.loading import load
 from reelm.engine.video_model import VideoModel
-from reelm.engine.zoetrope_scoring import asked, closes, even, sensible
+from reelm.engine.zoetrope_scoring import asked, changes, closes, even, sensible
 from reelm.evaluation.reconstruction import code_usage, psnr
 from reelm.evaluation.zoetrope_hearing import ATTRIBUTES as AUDIBLE
 from reelm.evaluation.zoetrope_judge import ATTRIBUTES, Tally
@@ -64,7 +64,7 @@ def evaluate_task(
                 ends[kind].append(psnr(video[:, :, -1:], target.video[:, :, -1:]))
         if isinstance(task, Loop):  # the last frame is the first of the next time
             for kind, video in zip(loops, (result.video, reconstruction, target.video), strict=True):
-                loops[kind].append(video[:, :, :-1])
+                loops[kind].append(changes(video[:, :, :-1]))
         for i, index in enumerate(indices):
             reading, want = readings[index] = read(result.video[i]), asked(task, clip.captions[i])
             if name != "unconditional":

@@ -22,6 +22,7 @@ from reelm.lm.heads import Head
 from reelm.lm.language_model import LanguageModel
 from reelm.lm.masked import Masked, MaskedSampling
 from reelm.lm.masked_diffusion import MaskedDenoising, MaskedTokenDiffusion
+from reelm.lm.precision import lighten
 from reelm.lm.sampling import Sampling
 from reelm.lm.token_diffusion import TokenDenoising, TokenDiffusion
 from reelm.lm.vocabulary import Vocabulary
@@ -154,7 +155,7 @@ class LMTraining(ModelTraining):
         weighting = self.weighting if self.training else None  # what validation logs is without weights
         loss, metrics = self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=weighting)
         if self.training and self.reinforcement is not None:
-            more, reward = self.reinforcement.loss(self.model, batch.clip, batch.name)
+            more, reward = self.reinforcement.loss(self.model, batch.clip, batch.name, self.global_rank)
             loss = loss + self.reinforcement.weight * more
             self.log(f"reward/{batch.name}", reward, batch_size=len(batch.clip))
         return loss, metrics
@@ -168,6 +169,8 @@ class LMTraining(ModelTraining):
             raise ValueError("actions are seen in pixels and data=tokens holds none; train on the clips themselves")
 
     def on_fit_start(self) -> None:
+        if self.reinforcement is not None:
+            lighten(self.lm, "float32")  # what it will set for drawing is there before anything is compiled
         super().on_fit_start()
         for part in (*self.audio_tokenizer, *self.latent_actions):
             if part is not None:

@@ -32,22 +32,25 @@ def sensible(reading: Reading) -> bool:
     return 1 <= len(colours) <= 3 and len(set(colours)) == len(colours)
 
 
-def steps(loop: Tensor) -> Tensor:
-    """`(B, T)`: how much changes from each frame of `(B, 3, T, H, W)` to the next, the last one being followed by the
-    first, in medians over the frames."""
-    changes = (loop.roll(-1, 2) - loop).abs().mean((1, 3, 4))
-    return changes / changes[:, :-1].median(1, keepdim=True).values.clamp_min(1e-6)
+def changes(loop: Tensor) -> Tensor:
+    """`(B, T)`: how much is different from each frame of `(B, 3, T, H, W)` to the next, the first one following the
+    last."""
+    return (loop.roll(-1, 2) - loop).abs().mean((1, 3, 4))
 
 
-def closes(loop: Tensor) -> Tensor:
-    """`(B,)` bool: whether clips `(B, 3, T, H, W)` can be played again and again without a jump: what changes from the
-    last frame to the first is at most twice what changes between two others (the median)."""
-    return steps(loop)[:, -1] <= 2
+def _usual(changed: Tensor) -> Tensor:
+    return changed[:, :-1].median(1).values
 
 
-def even(loop: Tensor) -> Tensor:
+def closes(changed: Tensor) -> Tensor:
+    """`(B,)` bool: whether clips with these `changes` can be played again and again without a jump: from the last frame
+    to the first at most twice as much is different as between two others (the median)."""
+    return changed[:, -1] <= 2 * _usual(changed)
+
+
+def even(changed: Tensor) -> Tensor:
     """`(B,)` bool: whether no step of a loop is such a jump: it also does not hurry back before its end."""
-    return steps(loop).amax(1) <= 2
+    return changed.amax(1) <= 2 * _usual(changed)
 
 
 def asked(task: Task, caption: str) -> Attributes:
@@ -66,6 +69,7 @@ def audible(given: Given) -> tuple[str, ...]:
 
 
 def heard_right(made: Hearing, true: Hearing, given: Given) -> Counts:
+    """What of a sound is right, of the attributes that what is given decides."""
     return {name: count for name, count in sound_score(made, true).items() if name in audible(given)}
 
 
@@ -78,9 +82,9 @@ def _share(counts: Counts) -> float | None:
 class ZoetropeReward:
     """How much of what clips are to show and to let hear the judges find in them, for each from 0 to 1 + `whole`.
 
-    It is the mean over pictures, sound, known pixels and, of a loop, whether it runs evenly: of each the share that is
-    right. Pictures are asked for what the caption says, without a prompt for a sensible scene; sound for what is heard
-    in the true clip, where that follows from what is given.
+    It is the mean over pictures, sound, known pixels and, of a loop, whether it moves and runs evenly: of each the
+    share that is right. Pictures are asked for what the caption says, without a prompt for a sensible scene; sound for
+    what is heard in the true clip, where that follows from what is given.
 
     whole: what a clip gets more if the judges find no mistake at all.
     """
@@ -89,7 +93,8 @@ class ZoetropeReward:
 
     def __call__(self, task: Task, given: Given, target: Clip, made: Clip) -> Tensor:
         """`(B,)` for clips made of what is given, beside the true ones."""
-        rewards = [self._one(task, given, target[i], made[i]) for i in range(len(made))]
+        heard: dict[str, Hearing] = {}  # of the true clips, of which each has several samples
+        rewards = [self._one(task, given, target[i], made[i], heard) for i in range(len(made))]
         kept = self._kept(given, made)
         if kept is not None:
             rewards = [(mean * count + float(k)) / (count + 1) + more for (mean, count, more), k in zip(rewards, kept)]
@@ -97,7 +102,9 @@ class ZoetropeReward:
             rewards = [mean + more for mean, _, more in rewards]
         return torch.tensor(rewards)
 
-    def _one(self, task: Task, given: Given, target: Clip, made: Clip) -> tuple[float, int, float]:
+    def _one(
+        self, task: Task, given: Given, target: Clip, made: Clip, heard: dict[str, Hearing]
+    ) -> tuple[float, int, float]:
         """Mean share, of how many parts, and what a whole clip gets more."""
         shares = []
         if "video" in given.asks:
@@ -106,12 +113,15 @@ class ZoetropeReward:
                 shares.append(_share(score(reading, asked(task, target.captions[0]))))
             else:
                 shares.append(float(sensible(reading)))
-            if isinstance(task, Loop):
-                shares.append(float(even(made.video[:, :, :-1])))
+            if isinstance(task, Loop):  # what stands still runs evenly, too, but not where something is to move
+                changed, true = changes(made.video[:, :, :-1]), changes(target.video[:, :, :-1])
+                shares.append(float(even(changed) & (3 * _usual(changed) >= _usual(true))))
         if "audio" in given.asks:
-            played = made.audio[0].expand(2, -1)
-            true = hear(target.audio[0].expand(2, -1), target.audio_rate)
-            shares.append(_share(heard_right(hear(played, made.audio_rate), true, given)))
+            key = target.keys[0]
+            if key not in heard or not key:
+                heard[key] = hear(target.audio[0].expand(2, -1), target.audio_rate)
+            played = hear(made.audio[0].expand(2, -1), made.audio_rate)
+            shares.append(_share(heard_right(played, heard[key], given)))
         if None in shares:
             raise ValueError(
                 f"this reward is for captions in Zoetrope's words; {target.captions[0]!r} asks for nothing"

@@ -189,7 +189,7 @@ class Transformer(nn.Module):
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
     checkpointing = False  # whether what is inside of the blocks is computed again in the backward pass, not kept
-    light: torch.dtype | None = None  # of the cache, where layers multiply in lighter weights (precision.py)
+    cache_dtype: torch.dtype | None = None  # None: that of the weights; lighter ones may have another (precision.py)
 
     def __init__(
         self,
@@ -348,4 +348,4 @@ class Transformer(nn.Module):
         the model multiplies."""
         weight = self.norm.weight
         shape = (batch, self.kv_heads or self.heads, columns, self.width // self.heads)
-        return Cache(self.depth * (1 + self.dual), shape, dtype or self.light or weight.dtype, weight.device)
+        return Cache(self.depth * (1 + self.dual), shape, dtype or self.cache_dtype or weight.dtype, weight.device)

@@ -57,8 +57,8 @@ class Given:
 
     def __getitem__(self, rows: list[int]) -> Given:
         """What is given for the samples of these numbers."""
-        changes = {f.name: getattr(self, f.name) for f in fields(self)}
-        changes = {n: v if len(v) == 1 else v[rows] for n, v in changes.items() if isinstance(v, Tensor)}
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        changes = {name: v[rows] for name, v in tensors.items() if len(v) == len(self)}  # others are of all samples
         return self.replace(captions=tuple(self.captions[row] for row in rows), **changes)
 
     def replace(self, **changes) -> Given:

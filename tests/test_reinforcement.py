@@ -9,6 +9,7 @@ from making import small_model
 from programs import LM, TINY, error_line, program
 from reelm.data.clip import Clip
 from reelm.engine.reinforcement import Reinforcement, advantages
+from reelm.lm.parallel import Diagonal
 from reelm.lm.sampling import Sampling
 from sounding import RATE, sounding_model
 
@@ -23,10 +24,9 @@ def clips(count: int = 2, frames: int = 9, size: int = 32, sound: bool = False) 
 
 def test_advantages_compare_the_samples_of_one_prompt():
     rewards = torch.tensor([1.0, 0, 0, 1, 5, 5, 5, 5])
-    found = advantages(rewards, 4)
-    assert found[4:].tolist() == [0] * 4 and torch.equal(found[0], found[3]) and torch.equal(found[0], -found[1])
-    torch.testing.assert_close(found.square().mean(), torch.tensor(1.0))
-    assert advantages(torch.ones(6), 3).tolist() == [0] * 6
+    assert advantages(rewards, 4).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    for same in (0.7, 0.1, 1 / 3, 5 / 6, 11 / 14):  # whose mean is another number in float32
+        assert advantages(torch.full((16,), same), 8).tolist() == [0] * 16
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_advantages_compare_the_samples_of_one_prompt():
     ],
 )  # fmt: skip
 def test_the_gradient_is_that_of_the_likelihood_of_what_was_drawn(make, task, sound):
-    """-sum of advantage times log-likelihood, sample by sample, over the sum of the advantages' sizes and the ids."""
+    """The mean over samples and ids of advantage times negative log-likelihood."""
     model, drawn = make(), []
     model.lm.requires_grad_(True)
     size = model.shape[1]
@@ -65,15 +65,14 @@ def test_the_gradient_is_that_of_the_likelihood_of_what_was_drawn(make, task, so
     model.lm.zero_grad()
     sounds, (given, made) = drawn
     gains, total, ids = advantages(torch.tensor([0.0, 1, 3, 1]), 2), 0.0, 0
-    slots = model.packer.slots(given.captions)
     for i in range(4):
         codes = None if made.tokens is None else made.tokens[i : i + 1].clone()
         one = None if sounds is None else sounds[i : i + 1].clone()
         with torch.no_grad():
-            sequence = model.packer.pack(given[[i]], model.task(task).marker, codes, slots=slots, sound=one)
+            sequence = model.packer.pack(given[[i]], model.task(task).marker, codes, sound=one)
         ids = int(sequence.loss.sum())
         total = total + gains[i] * ids * model.lm.loss(sequence)[0]
-    expected = total / (gains.abs().sum() * ids)
+    expected = total / (4 * ids)
     torch.testing.assert_close(loss, expected)
     expected.backward()
     for name, parameter in model.lm.named_parameters():
@@ -93,6 +92,59 @@ def test_what_is_drawn_is_what_generate_makes():
             assert torch.equal(made.audio, model.audio.decode(sound)[..., : made.audio.shape[-1]])
         if made.tokens is not None:
             assert torch.equal(model.tokenizer.decode(made.tokens), made.video)
+
+
+@pytest.mark.parametrize("make", [small_model, sounding_model])
+def test_one_clip_is_enough(make):
+    model = make()
+    way = Reinforcement(lambda task, given, target, made: torch.arange(float(len(made))), samples=3)
+    for task in model.tasks:
+        clip = clips(1, model.task(task).frames or 9, model.shape[1], sound=model.audio is not None)
+        if not model.task(task).controls:
+            assert way.loss(model, clip, task)[0].isfinite(), task
+
+
+def test_each_process_draws_other_samples():
+    model, drawn = small_model(), []
+    way = Reinforcement(lambda task, given, target, made: drawn.append(made.tokens) or torch.zeros(4), samples=2)
+    clip = clips(2, 1)
+    for rank in (0, 1, 0):
+        torch.manual_seed(0)
+        way.loss(model, clip, "t2i", rank)
+    assert torch.equal(drawn[0], drawn[2]) and (drawn[0] != drawn[1]).float().mean() > 0.5
+
+
+def test_stored_tokens_are_enough():
+    model, seen = small_model(), []
+    way = Reinforcement(lambda task, given, target, made: seen.append(given.video) or torch.arange(4.0), samples=2)
+    clip = clips()
+    tokens = model.tokenizer.encode(clip.video)
+    stored = clip.replace(video=clip.video.to("meta"), tokens=tokens)
+    assert way.loss(model, stored, "i2v")[0].isfinite()
+    torch.testing.assert_close(seen[0][0, :, :1], model.tokenizer.decode(tokens)[0, :, :1])
+
+
+def test_rewards_may_be_whole_numbers_or_the_work_of_a_network():
+    model, judge = small_model(), torch.nn.Linear(1, 1)
+    for reward in (
+        lambda *a: torch.tensor([1, 0, 0, 2]),
+        lambda *a: judge(a[3].video.mean((1, 2, 3, 4))[:, None])[:, 0],
+    ):
+        assert Reinforcement(reward, samples=2).loss(model, clips(2, 1), "t2i")[0].isfinite()
+    for wrong in (torch.ones(2), torch.tensor([1.0, float("nan"), 0, 0])):
+        with pytest.raises(ValueError, match="the reward of 4 clips is a finite number each; it gave"):
+            Reinforcement(lambda *_, wrong=wrong: wrong, samples=2).loss(model, clips(2, 1), "t2i")
+
+
+def test_clips_are_drawn_in_the_precision_of_the_training():
+    model, seen = small_model(), []
+    model.draw = lambda *a, draw=model.draw: seen.append(model.lm.transformer.new_cache(1, 1).keys[0].dtype) or draw(*a)
+    way = Reinforcement(lambda *_: torch.arange(4.0), samples=2)
+    for half in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            assert way.loss(model, clips(2, 1), "t2i")[0].isfinite()
+    assert seen == [torch.bfloat16, torch.float32]
+    assert model.lm.transformer.new_cache(1, 1).keys[0].dtype is torch.float32
 
 
 def test_a_reward_is_learned():
@@ -124,8 +176,12 @@ def test_mistakes(tokenizer, tmp_path, capfd):
     for wrong in (1, 2.5):
         with pytest.raises(ValueError, match=f"reward.samples={wrong}; give 2 or more"):
             Reinforcement(lambda *_: None, samples=wrong)
-    with pytest.raises(ValueError, match="with guidance=1"):
-        Reinforcement(lambda *_: None, sampling=Sampling(guidance=2.0))
+    for wrong in ({"guidance": 2.0}, {"temperature": 0.5}, {"decoding": Diagonal()}):
+        with pytest.raises(ValueError, match="draws codes one by one, with guidance=1 and temperature=1"):
+            Reinforcement(lambda *_: None, sampling=Sampling(**wrong))
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"reward.weight={wrong}; give a number above 0"):
+            Reinforcement(lambda *_: None, weight=wrong)
     output = tmp_path / "lm"
     arguments = ("reward=zoetrope", f"stage.tokenizer={tokenizer}/model", f"output={output}", *LM, *TINY)
     assert program("train", *arguments, "head=masked") != 0
