@@ -3,11 +3,12 @@ neighbours become more probable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reelm.data.clip import Clip
 from reelm.engine.video_lm import VideoLM
@@ -17,6 +18,8 @@ from reelm.lm.heads import Head
 from reelm.lm.precision import lighten
 from reelm.lm.sampling import Sampling
 from reelm.tasks.task import Given, Task
+
+AT_ONCE = 16  # samples whose activations are kept at a time; they are computed again in the backward pass
 
 Reward = Callable[[Task, Given, Clip, Clip], Tensor]
 """From a task, what is given, the true clips and those that were made of it, to a number for each, `(B,)`."""
@@ -87,16 +90,24 @@ class Reinforcement:
         if not telling:
             return gains.sum(), rewards.mean()
         total, ids = gains.new_zeros(()), 0
-        for part in model.packer.alike(given[telling]):  # scored as they were drawn, with as many columns
+        for part in self._parts(model.packer.alike(given[telling])):
             some = [telling[row] for row in part]
             with torch.no_grad():
                 codes, heard = (None if made is None else made[some].clone() for made in (made_clips.tokens, sound))
                 sequence = model.packer.pack(given[some], task.marker, codes, sound=heard)
                 weights = sequence.loss * gains[some, None]
             ids = sequence.loss[0].sum()
-            mean, _ = model.lm.loss(sequence.replace(loss=weights))  # over the sum of the weights' sizes
-            total = total + mean * weights.abs().sum()
+            sequence = sequence.replace(loss=weights)
+            mean = checkpoint(lambda one: model.lm.loss(one)[0], sequence, use_reentrant=False)
+            total = total + mean * weights.abs().sum()  # it is over the sum of the weights' sizes
         return total / (len(rows) * ids), rewards.mean()
+
+    @staticmethod
+    def _parts(groups: list[list[int]]) -> Iterator[list[int]]:
+        """Samples that are scored together: with as many columns as they were drawn with, and few enough that what the
+        backward pass needs of them fits where an ordinary batch does."""
+        for rows in groups:
+            yield from (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
 
     def _draw(self, model: VideoLM, given: Given, name: str, rank: int) -> tuple[Clip, Tensor | None]:
         """Clips as the model makes them now, in the precision in which it learns."""

@@ -8,6 +8,7 @@ import torch
 from making import small_model
 from programs import LM, TINY, error_line, program
 from reelm.data.clip import Clip
+from reelm.engine import reinforcement
 from reelm.engine.reinforcement import Reinforcement, advantages
 from reelm.lm.parallel import Diagonal
 from reelm.lm.sampling import Sampling
@@ -37,8 +38,9 @@ def test_advantages_compare_the_samples_of_one_prompt():
         (sounding_model, "av_continuation", True),
     ],
 )  # fmt: skip
-def test_the_gradient_is_that_of_the_likelihood_of_what_was_drawn(make, task, sound):
+def test_the_gradient_is_that_of_the_likelihood_of_what_was_drawn(make, task, sound, monkeypatch):
     """The mean over samples and ids of advantage times negative log-likelihood."""
+    monkeypatch.setattr(reinforcement, "AT_ONCE", 3)
     model, drawn = make(), []
     model.lm.requires_grad_(True)
     size = model.shape[1]
