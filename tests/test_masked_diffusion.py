@@ -103,8 +103,8 @@ def test_each_token_is_made_once_and_known_ones_stay(guidance):
     assert not torch.equal(calls[0][1][0] != 0, calls[0][1][1] != 0)  # each row has its own order
     alone = fill_latents(
         lm.transformer, lm.head, start[1:2], sampling, other[1:2], seeded([2])
-    )  # does not depend on its neighbours
-    torch.testing.assert_close(alone[0], made[1], atol=1e-5, rtol=1e-4)
+    )  # does not depend on its neighbours, but for what processors round otherwise, which guidance and solver magnify
+    torch.testing.assert_close(alone[0], made[1], atol=1e-3, rtol=1e-3)
 
 
 class Neighbours(nn.Module):
