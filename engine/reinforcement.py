@@ -80,27 +80,27 @@ class Reinforcement:
         given, target = task.split(clip)
         rows = [row for row in range(len(clip)) for _ in range(self.samples)]
         given, target = given[rows], Clip.stack([target[row] for row in rows])
-        made_clips, sound = self._draw(model, given, name, rank)
+        made, sound = self._draw(model, given, name, rank)
         with torch.no_grad():
-            rewards = torch.as_tensor(self.reward(task, given, target, made_clips)).float()
+            rewards = torch.as_tensor(self.reward(task, given, target, made)).float()
         if rewards.shape != (len(rows),) or not rewards.isfinite().all():
             raise ValueError(f"the reward of {len(rows)} clips is a finite number each; it gave {rewards.tolist()}")
         gains = advantages(rewards, self.samples).to(model.device)
         telling = gains.nonzero()[:, 0].tolist()
         if not telling:
             return gains.sum(), rewards.mean()
-        total, ids = gains.new_zeros(()), 0
+        total = gains.new_zeros(())
         for part in self._parts(model.packer.alike(given[telling])):
             some = [telling[row] for row in part]
             with torch.no_grad():
-                codes, heard = (None if made is None else made[some].clone() for made in (made_clips.tokens, sound))
+                codes, heard = (None if drawn is None else drawn[some].clone() for drawn in (made.tokens, sound))
                 sequence = model.packer.pack(given[some], task.marker, codes, sound=heard)
                 weights = sequence.loss * gains[some, None]
-            ids = sequence.loss[0].sum()
+                ids = sequence.loss[0].sum()  # of each sample
             sequence = sequence.replace(loss=weights)
             mean = checkpoint(lambda one: model.lm.loss(one)[0], sequence, use_reentrant=False)
-            total = total + mean * weights.abs().sum()  # it is over the sum of the weights' sizes
-        return total / (len(rows) * ids), rewards.mean()
+            total = total + mean * weights.abs().sum() / ids  # the mean is over the sum of the weights' sizes
+        return total / len(rows), rewards.mean()
 
     @staticmethod
     def _parts(groups: list[list[int]]) -> Iterator[list[int]]:

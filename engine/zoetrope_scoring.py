@@ -94,18 +94,16 @@ class ZoetropeReward:
     def __call__(self, task: Task, given: Given, target: Clip, made: Clip) -> Tensor:
         """`(B,)` for clips made of what is given, beside the true ones."""
         heard: dict[str, Hearing] = {}  # of the true clips, of which each has several samples
-        rewards = [self._one(task, given, target[i], made[i], heard) for i in range(len(made))]
-        kept = self._kept(given, made)
-        if kept is not None:
-            rewards = [(mean * count + float(k)) / (count + 1) + more for (mean, count, more), k in zip(rewards, kept)]
-        else:
-            rewards = [mean + more for mean, _, more in rewards]
+        kept, rewards = self._kept(given, made), []
+        for i in range(len(made)):
+            judged = self._judged(task, given, target[i], made[i], heard)
+            parts = judged if kept is None else [*judged, float(kept[i])]
+            rewards.append(sum(parts) / len(parts) + self.whole * (min(judged) == 1))
         return torch.tensor(rewards)
 
-    def _one(
-        self, task: Task, given: Given, target: Clip, made: Clip, heard: dict[str, Hearing]
-    ) -> tuple[float, int, float]:
-        """Mean share, of how many parts, and what a whole clip gets more."""
+    @staticmethod
+    def _judged(task: Task, given: Given, target: Clip, made: Clip, heard: dict[str, Hearing]) -> list[float]:
+        """The share that is right of each part of one clip that a judge looks at or hears."""
         shares = []
         if "video" in given.asks:
             reading = read(made.video[0])
@@ -126,8 +124,7 @@ class ZoetropeReward:
             raise ValueError(
                 f"this reward is for captions in Zoetrope's words; {target.captions[0]!r} asks for nothing"
             )
-        mean = sum(shares) / len(shares)
-        return mean, len(shares), self.whole * (mean == 1)
+        return shares
 
     @staticmethod
     def _kept(given: Given, made: Clip) -> Tensor | None:

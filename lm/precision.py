@@ -113,5 +113,6 @@ def lighten(lm: LanguageModel, dtype: str, compiled: bool = False) -> str:
     dtype = fastest(lm, formats=FORMATS if integers else FORMATS[:2]) if dtype == "auto" else dtype
     for weight in _matrices(lm):
         weight.light = PACKERS[dtype](weight) if dtype in PACKERS else None
+    # keys and values come out of such products, so to keep them in more precision would only take room
     lm.transformer.cache_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     return dtype
