@@ -3,15 +3,23 @@
 import sys
 
 import lightning
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from reelm.engine import fit
 from reelm.scripts.common import output_of, program
 
+EXTRAS = ("adversary", "reward")  # by default none; that of another stage would not be heeded
+
 
 @program("train")
 def main(cfg: DictConfig) -> float | None:
+    used = OmegaConf.to_container(cfg.stage).values()
+    for name in EXTRAS:
+        if cfg[name] is not None and f"${{{name}}}" not in used:
+            stage = HydraConfig.get().runtime.choices.stage
+            raise ValueError(f"stage={stage} learns without {name}; leave {name}=... out")
     lightning.seed_everything(cfg.seed, verbose=False)
     output = output_of(cfg)
     fit.check_output(output, cfg.resume)

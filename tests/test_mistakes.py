@@ -39,6 +39,8 @@ def test_training_again_needs_a_word(tokenizer, capfd):
         (["stage=lm", "stage.text={_target_:reelm.tokenizers.text.T5Text,path:nowhere}"], "no config.json in nowhere"),
         (["stage=lm", "stage.formats=3"], "formats are a list such as [{frames:17,size:[64,64],fps:8}]; got 3"),
         (["stage=lm", "stage.formats=[9]"], "a format is such as {frames:17,size:[64,64],fps:8}; got 9"),
+        (["stage=diffusion", "denoiser=tiny", "reward=zoetrope"], "stage=diffusion learns without reward; leave"),
+        (["stage=lm", "adversary=magvit2"], "stage=lm learns without adversary; leave"),
         (["stage=tokenizer", "data.batch_size=2.5"], "batch_size=2.5 must be 1 or more, and a whole number"),
         (["stage=tokenizer", "ema=2"], "ema=2 is no share of the average that stays"),
         (["stage=tokenizer", "tokenizer.channels=[16]"], "1 channels ask for 0 strides"),
