@@ -1,6 +1,9 @@
+import time
+
 import pytest
 import torch
 
+from reelm.lm import linear as few_rows
 from reelm.lm.linear import FEW, linear
 from reelm.lm.norm import rms_norm
 from reelm.lm.sequence import Sequence
@@ -168,11 +171,21 @@ def test_norm_and_its_gradient_equal_the_formula(weight, dtype, tolerance, monke
         torch.testing.assert_close(a.float(), b.float(), atol=10 * tolerance, rtol=10 * tolerance)
 
 
+@pytest.mark.parametrize("left", (False, True))
 @pytest.mark.parametrize("rows", range(FEW + 2))
-def test_products_of_few_rows_are_the_same(rows):
+def test_products_of_few_rows_are_the_same_in_either_way(rows, left, monkeypatch):
+    monkeypatch.setattr(few_rows, "_left_is_faster", lambda *shape: left)
     x, weight = torch.randn(rows, 1, 8), torch.randn(6, 8)
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight), x @ weight.t())
+
+
+@pytest.mark.parametrize("seconds, left", (((0.01, 0.002), True), ((0.002, 0.01), False), ((0.01, 0.0099), False)))
+def test_products_of_few_rows_go_the_way_that_is_clearly_faster_here(seconds, left, monkeypatch):
+    slow = [lambda *factors, wait=wait: time.sleep(wait) for wait in seconds]
+    monkeypatch.setattr(few_rows.F, "linear", slow[0])
+    monkeypatch.setattr(few_rows, "_weights_left", slow[1])
+    assert few_rows._left_is_faster.__wrapped__(1, 6, 8, 1) is left
 
 
 def test_wrong_shapes_are_refused_in_one_line():
