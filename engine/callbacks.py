@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -39,8 +38,8 @@ class WholeFiles(TorchCheckpointIO):
 class Checkpoint(Callback):
     """Saves everything that an exact continuation needs, every so often and on SIGTERM.
 
-    Lightning's checkpoints hold weights, optimiser, schedule, averages and the loader's position, but no random state:
-    that is added here. A save happens between optimiser steps only, and the new file replaces the old one at once.
+    Lightning's checkpoints hold weights, optimiser, schedule, averages and the loader's position, and random state is
+    none (`Draws`). A save happens between optimiser steps only, and the new file replaces the old one at once.
 
     Args:
         folder: where `last.ckpt` is kept.
@@ -51,7 +50,6 @@ class Checkpoint(Callback):
     def __init__(self, folder: str | Path, minutes: float = 5.0, every_steps: int | None = None) -> None:
         self.folder, self.minutes, self.every_steps = Path(folder), minutes, every_steps
         self.terminated = False
-        self._random: dict[str, Any] | None = None
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._previous: Any = None
 
@@ -72,11 +70,6 @@ class Checkpoint(Callback):
             self._previous = signal.signal(signal.SIGTERM, stop)
         except ValueError:  # not the main thread: somebody else looks after signals
             self._previous = None
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        if self._random is not None:  # only now have the loaders been built, which draw random numbers too
-            set_random_state(self._random)
-            self._random = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -107,54 +100,35 @@ class Checkpoint(Callback):
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random"] = random_state()
-
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._random = checkpoint.get("random")
-
 
 def was_terminated(trainer: L.Trainer) -> bool:
     """Whether a SIGTERM ended the training early."""
     return any(isinstance(part, Checkpoint) and part.terminated for part in trainer.callbacks)
 
 
-class SameValidation(Callback):
-    """Each validation draws the same numbers, and training goes on with its own as if there had been none.
+class Draws(Callback):
+    """Each step draws by itself, by the run's seed, its number and its process.
 
-    Otherwise a run that is resumed at a step that validates, which it does not do again, would go another way.
+    So a run that is resumed goes on as if it had not been stopped, whatever was drawn before, and no two processes
+    leave out the same prompts or hide the same tokens. Each validation draws the same.
     """
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._seed = torch.initial_seed()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seed = state["seed"]
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        place = (trainer.current_epoch, index, trainer.global_rank)
+        number = np.random.SeedSequence(self._seed, spawn_key=place).generate_state(1)
+        L.seed_everything(int(number[0]), verbose=False)
+
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._state = random_state()
         L.seed_everything(0, verbose=False)
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        set_random_state(self._state)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of all random number generators, in types that load without running code."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(_tuple(state["python"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 class FiniteLoss(Callback):

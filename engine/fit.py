@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from reelm.engine.callbacks import EMA, LAST, Checkpoint, Export, FiniteLoss, Progress, SameValidation, was_terminated
+from reelm.engine.callbacks import EMA, LAST, Checkpoint, Draws, Export, FiniteLoss, Progress, was_terminated
 
 SIGTERM_STATUS = 143
 
@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
 
 def callbacks(output: Path, ema: float, save_minutes: float, save_steps: int | None) -> list[L.Callback]:
     """What each run has; the order matters: `Export` must see the averaged weights."""
-    parts: list[L.Callback] = [FiniteLoss(), SameValidation(), Export(output), Progress(), LearningRateMonitor("step")]
+    parts: list[L.Callback] = [FiniteLoss(), Draws(), Export(output), Progress(), LearningRateMonitor("step")]
     if ema:
         parts.append(EMA(ema))
     return [*parts, Checkpoint(output, save_minutes, save_steps)]
@@ -64,7 +64,7 @@ def check_checkpoint(path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has no error of its own for a damaged file
         raise ValueError(f"{path} is damaged or no checkpoint of this program; delete it to start anew") from error
-    parts = ("state_dict", "optimizer_states", "loops", "random")
+    parts = ("state_dict", "optimizer_states", "loops")
     missing = [name for name in parts if not isinstance(content, dict) or name not in content]
     if missing:
         raise ValueError(f"{path} is no checkpoint of this program: it has no {missing[0]}; delete it to start anew")

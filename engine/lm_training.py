@@ -155,7 +155,7 @@ class LMTraining(ModelTraining):
         weighting = self.weighting if self.training else None  # what validation logs is without weights
         loss, metrics = self.model.loss(batch.clip, batch.name, dropped, packed=self.pack, weighting=weighting)
         if self.training and self.reinforcement is not None:
-            more, reward = self.reinforcement.loss(self.model, batch.clip, batch.name, self.global_rank)
+            more, reward = self.reinforcement.loss(self.model, batch.clip, batch.name)
             loss = loss + self.reinforcement.weight * more
             self.log(f"reward/{batch.name}", reward, batch_size=len(batch.clip))
         return loss, metrics

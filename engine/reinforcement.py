@@ -69,18 +69,15 @@ class Reinforcement:
         if not isinstance(head, Head | AudioVisual):
             raise ValueError(f"reward=... is for heads that predict token by token; {type(head).__name__} does not")
 
-    def loss(self, model: VideoLM, clip: Clip, name: str, rank: int = 0) -> tuple[Tensor, Tensor]:
-        """The loss for a batch of clips of the task `name`, and the mean reward.
-
-        rank: of the process, of which each draws other samples.
-        """
+    def loss(self, model: VideoLM, clip: Clip, name: str) -> tuple[Tensor, Tensor]:
+        """The loss for a batch of clips of the task `name`, and the mean reward."""
         task = model.task(name)
         if clip.video.is_meta:  # of stored tokens; what is known of these clips is then as the tokenizer shows it
             clip = clip.replace(video=model.tokenizer.decode(clip.tokens), tokens=None)
         given, target = task.split(clip)
         rows = [row for row in range(len(clip)) for _ in range(self.samples)]
         given, target = given[rows], Clip.stack([target[row] for row in rows])
-        made, sound = self._draw(model, given, name, rank)
+        made, sound = self._draw(model, given, name)
         with torch.no_grad():
             rewards = torch.as_tensor(self.reward(task, given, target, made)).float()
         if rewards.shape != (len(rows),) or not rewards.isfinite().all():
@@ -109,9 +106,9 @@ class Reinforcement:
         for rows in groups:
             yield from (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
 
-    def _draw(self, model: VideoLM, given: Given, name: str, rank: int) -> tuple[Clip, Tensor | None]:
+    def _draw(self, model: VideoLM, given: Given, name: str) -> tuple[Clip, Tensor | None]:
         """Clips as the model makes them now, in the precision in which it learns."""
-        seed = int(torch.randint(1 << 30, ())) + rank * len(given)
+        seed = int(torch.randint(1 << 30, ()))
         kind, learning = model.device.type, model.lm.training
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
         model.lm.eval()

@@ -11,6 +11,7 @@ from reelm.data.clip import Clip
 from reelm.diffusion.model import Diffusion
 from reelm.diffusion.solvers import Denoising
 from reelm.engine.video_model import VideoModel
+from reelm.lm.sampling import seeded
 from reelm.tasks.conditioning import Conditioner
 from reelm.tasks.formats import Formats
 from reelm.tasks.task import Given, Task
@@ -71,7 +72,7 @@ class VideoDiffusion(VideoModel):
         given, sampling = self._given(given, task), self._sampling(sampling, Denoising)
         space = self.packer.space
         shape = (space.channels, *self.packer.grid(given))
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(given))]
+        noise = [torch.randn(shape, generator=one) for one in seeded([seed + i for i in range(len(given))])]
         latents = self.diffusion.sample(
             torch.stack(noise).to(self.device),
             self.packer.conditions(given),

@@ -74,7 +74,8 @@ class VideoLM(VideoModel):
         check_actions(actions, tokenizer, lm.head)
         masked = isinstance(lm.head, Masked | MaskedTokenDiffusion)
         continuous = isinstance(lm.head, TokenDiffusion)
-        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio)
+        raster = lm.transformer.raster
+        self.packer = Packer(tokenizer, text, lm.head.vocabulary, masked, continuous, formats, audio, raster)
         self._how(sampling)
 
     def lighten(self, dtype: str, compiled: bool = False) -> str:
@@ -182,7 +183,7 @@ class VideoLM(VideoModel):
         if decoding is not None and self.packer.masked:
             name = type(decoding).__name__
             raise ValueError(f"a masked head has passes of its own; leave the sampler with {name} out")
-        if isinstance(decoding, Diagonal | Blocks) and not hasattr(self.lm.transformer, "blocks"):
+        if isinstance(decoding, Diagonal | Blocks) and self.lm.transformer.raster:
             transformer = type(self.lm.transformer).__name__
             raise ValueError(f"{transformer} makes tokens in the raster's order; leave sampler=diagonal and blocks out")
         if given is not None and not self.packer.prompted(given):
@@ -195,7 +196,7 @@ class VideoLM(VideoModel):
         """To how many latent frames an action has to be told: those that are made, but for a clip's first."""
         return self.packer.grid(given)[0] - max(self.packer.known_latents(given), 1)
 
-    def _played(self, given: Given, seeds: list[int]) -> Given:
+    def _played(self, given: Given, numbers: list[int]) -> Given:
         """With an action for each latent frame but the first: those of known frames are what the action model sees,
         those of the others are given, or else drawn."""
         if self.actions is None:
@@ -204,7 +205,7 @@ class VideoLM(VideoModel):
             return given
         count, told, kinds = self.frames_played(given), given.actions, self.actions.codes
         if told is None:
-            draws = seeded(seeds, self.device)
+            draws = seeded(numbers, self.device)
             told = torch.stack([torch.randint(kinds, (count,), generator=g, device=self.device) for g in draws])
         if told.shape[1] != count:
             raise ValueError(
@@ -270,7 +271,8 @@ class VideoLM(VideoModel):
         """The samples in batches of which none depends on its neighbours; asks: what of them is to be made now."""
         rows = self.packer.alike(given)
         parts = [given] if len(rows) == 1 else [given[some] for some in rows]
-        parts = [self._played(part, [seed + row for row in some]) for part, some in zip(parts, rows, strict=True)]
+        acting = seed + seeds.ACTIONS
+        parts = [self._played(part, [acting + row for row in some]) for part, some in zip(parts, rows, strict=True)]
         sequences = [self.packer.pack(part, self.task(task).marker) for part in parts]
         total = 0
         for part, sequence in zip(parts, sequences, strict=True):
@@ -299,8 +301,9 @@ class VideoLM(VideoModel):
         Prompts that take other text slots (each 8 word pieces) are worked on one batch after the other.
 
         seed: sample i draws with seed + i, so it does not depend on its neighbours (in int8, where they share a scale,
-            but for rounding). progress: called with tokens made and tokens asked of a clip after each pass. made: a
-            list that is filled with the tokens of each pass (`Account`); one that was filled by a call that was
+            but for rounding; with the maximal coupling of `Jacobi` it does).
+        progress: called with tokens made and tokens asked of a clip after each pass.
+        made: a list that is filled with the tokens of each pass (`Account`); one that was filled by a call that was
             interrupted is gone on from.
         """
         given = self._given(given, task)

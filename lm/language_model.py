@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from reelm.lm.heads import Head
+from reelm.lm.masked import Masked
+from reelm.lm.masked_diffusion import MaskedTokenDiffusion
 from reelm.lm.sequence import Sequence
 from reelm.lm.transformer import Transformer
 
@@ -22,6 +24,12 @@ class LanguageModel(nn.Module):
         super().__init__()
         if head.width != transformer.width:
             raise ValueError(f"the head is {head.width} wide, the transformer {transformer.width}; set both the same")
+        if transformer.raster and isinstance(head, Masked | MaskedTokenDiffusion):
+            names = type(head).__name__, type(transformer).__name__
+            raise ValueError(
+                f"{names[0]} predicts from all sides and {names[1]} sees what is earlier in the raster alone: "
+                "choose another head, or an lm=... with attention"
+            )
         self.transformer, self.head = transformer, head
 
     @property

@@ -43,6 +43,7 @@ class PixelCNN(nn.Module):
     """
 
     cannot_grow = ("width", "kernel")
+    raster = True  # what is predicted of a place depends on those earlier in the raster, in whichever order they stand
 
     def __init__(self, width: int = 64, depth: int = 6, kernel: tuple[int, int, int] = (2, 5, 5)) -> None:
         super().__init__()

@@ -65,7 +65,20 @@ class Sampling:
 
 def seeded(seeds: list[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
     """One generator a sample, so that a sample does not depend on its neighbours in the batch."""
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return [torch.Generator(device).manual_seed(_folded(seed)) for seed in seeds]
+
+
+def go_on(generator: Generators, number: int) -> None:
+    """Lets generators of a run that stopped after `number` tokens draw what they did not draw before."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None:
+            one.manual_seed(_folded(one.initial_seed() + (number << 32) + (1 << 63)))
+
+
+def _folded(seed: int) -> int:
+    """The seed in 32 bits, all that torch's generator on CPUs takes: the bits above them would change nothing."""
+    high, low = divmod(seed, 1 << 32)
+    return low ^ (high * 0x9E3779B1) % (1 << 32)
 
 
 def exponential(like: Tensor, generator: Generators) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from reelm.lm.decoding import Noise, Run
-from reelm.lm.sampling import exponential, race
+from reelm.lm.sampling import exponential, go_on, race
 
 SHORT = 4  # shorter windows cost more than they save
 COUPLINGS = ("gumbel", "maximal")
@@ -43,6 +43,9 @@ class Jacobi:
         is exact, more is faster. What lies outside of top_p never stays.
     columns: what a pass reads at most, over all samples and guidance: large batches have shorter windows, since a
         processor that is busy gains nothing from fewer passes.
+
+    With the maximal coupling which draws a sample gets depends on how fast its neighbours in the batch are, and on the
+    window; with the other one it does not.
     """
 
     window: int = 16
@@ -69,6 +72,8 @@ class Jacobi:
         lenience = self.lenience if width > 1 else 1.0  # where it saves nothing it costs nothing
         coupled = _Maximal(run, noise, ids, lenience) if self.coupling == "maximal" else None
         if done:
+            if coupled is not None:  # how much of the noise is used up says no count of tokens
+                go_on(noise.generator, done)
             yield torch.arange(done), made
         while done < run.steps:
             stop = min(done + width, run.steps)

@@ -188,6 +188,7 @@ class Transformer(nn.Module):
     """
 
     cannot_grow = ("width", "heads", "kv_heads", "mlp_ratio", "rope")  # several matrices lie in one (store.grow)
+    raster = False  # each column sees those before it, in whichever order places stand there (pixelcnn.py does not)
     checkpointing = False  # whether what is inside of the blocks is computed again in the backward pass, not kept
     cache_dtype: torch.dtype | None = None  # None: that of the weights; lighter ones may have another (precision.py)
 

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from reelm.data.module import ClipData
-from reelm.engine.callbacks import EMA, LAST, Checkpoint, Export, FiniteLoss, Progress, SameValidation, was_terminated
+from reelm.engine.callbacks import EMA, LAST, Checkpoint, Draws, Export, FiniteLoss, Progress, was_terminated
 from reelm.engine.errors import one_line_errors
 from reelm.engine.fit import SIGTERM_STATUS
 
@@ -37,7 +37,7 @@ class Program(LightningCLI):
     def add_arguments_to_parser(self, parser) -> None:
         # in the order in which they act: what is exported are the averaged weights, what is saved comes last
         parser.add_lightning_class_args(FiniteLoss, "finite_loss")
-        parser.add_lightning_class_args(SameValidation, "same_validation")
+        parser.add_lightning_class_args(Draws, "draws")
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(EMA, "ema")

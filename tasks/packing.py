@@ -76,6 +76,7 @@ class Packer(Preparing):
         continuous: the tokens are latents (`Sequence.latents`), whose ids say no more than that.
         formats: those that the model tells apart; None: it is told none.
         audio: the tokenizer of sound; None: the model knows none.
+        raster: the model sees what is earlier in the raster, so clips are made in its order whatever their task says.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class Packer(Preparing):
         continuous: bool = False,
         formats: Formats | None = None,
         audio: nn.Module | None = None,
+        raster: bool = False,
     ) -> None:
         super().__init__(tokenizer, text)
-        self.vocabulary, self.masked, self.formats = vocabulary, masked, formats
+        self.vocabulary, self.masked, self.formats, self.raster = vocabulary, masked, formats, raster
         self.sound = None if audio is None else SoundTokens(audio, vocabulary, tokenizer.compression[0])
         self.space = LatentSpace(tokenizer) if continuous else None
         self.refines = masked and not continuous  # tokens of what is known stand in the places of those to make
@@ -191,7 +193,7 @@ class Packer(Preparing):
         in raster order."""
         grid = self.grid(given)
         numbers = torch.arange(prod(grid), device=self.tokenizer.device)
-        if given.order == "forward" or self.masked:
+        if given.order == "forward" or self.masked or self.raster:
             return numbers
         first = self.known_latents(given)
         frames = torch.arange(first, grid[0])

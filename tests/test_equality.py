@@ -25,7 +25,7 @@ from reelm.lm.transformer import Transformer
 from reelm.lm.vocabulary import Vocabulary
 from reelm.tasks.generation import Generation
 from reelm.tasks.known_frames import KnownFrames
-from reelm.tasks.task import Given
+from reelm.tasks.task import ORDERS, Given
 from reelm.tasks.with_sound import WithSound
 from reelm.tokenizers.audio import SoundStream
 from reelm.tokenizers.magvit2 import MAGVIT2
@@ -199,6 +199,21 @@ def test_ways_to_decode_that_would_change_nothing_or_the_wrong_places_are_refuse
     for decoding in (Diagonal(), Blocks()):
         with pytest.raises(ValueError, match="PixelCNN makes tokens in the raster's order; leave sampler=diagonal and"):
             VideoLM(m.tokenizer, m.text, lm, m.tasks, SHAPE, sampling=Sampling(decoding=decoding))
+
+
+def test_a_model_of_the_raster_is_asked_in_its_order_and_has_no_masked_head():
+    m = model("categorical")
+    lm = LanguageModel(PixelCNN(32, 1, (2, 3, 3)), Categorical(m.lm.head.vocabulary, 32))
+    raster = VideoLM(m.tokenizer, m.text, lm, m.tasks, SHAPE)
+    for order in ORDERS:
+        asked = given("categorical", PROMPTS[:1]).replace(order=order)
+        sequence = raster.packer.pack(asked, 0, m.tokenizer.encode(torch.rand(1, 3, *SHAPE) * 2 - 1))
+        x = lm.head.vectors(sequence).detach().requires_grad_()
+        y, first = lm.transformer(x, sequence)[0], sequence.prefix
+        for column in range(first - 1, sequence.length - 1):
+            assert not torch.autograd.grad(y[column].sum(), x, retain_graph=True)[0][0, max(column + 1, first) :].any()
+    with pytest.raises(ValueError, match="Masked predicts from all sides and PixelCNN sees what is earlier"):
+        LanguageModel(PixelCNN(32, 1), Masked(m.lm.head.vocabulary, 32))
 
 
 def step(kind: str, m: VideoLM) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -1,6 +1,8 @@
 """Learning from a reward for clips that the model makes."""
 
 import csv
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from making import small_model
 from programs import LM, TINY, error_line, program
 from reelm.data.clip import Clip
 from reelm.engine import reinforcement
+from reelm.engine.callbacks import Draws
 from reelm.engine.reinforcement import Reinforcement, advantages
 from reelm.lm.parallel import Diagonal
 from reelm.lm.sampling import Sampling
@@ -106,14 +109,16 @@ def test_one_clip_is_enough(make):
             assert way.loss(model, clip, task)[0].isfinite(), task
 
 
-def test_each_process_draws_other_samples():
+def test_each_step_and_process_draws_other_samples():
     model, drawn = small_model(), []
     way = Reinforcement(lambda task, given, target, made: drawn.append(made.tokens) or torch.zeros(4), samples=2)
-    clip = clips(2, 1)
-    for rank in (0, 1, 0):
-        torch.manual_seed(0)
-        way.loss(model, clip, "t2i", rank)
-    assert torch.equal(drawn[0], drawn[2]) and (drawn[0] != drawn[1]).float().mean() > 0.5
+    clip, draws = clips(2, 1), Draws()
+    draws.setup(None, None, "fit")
+    for step, rank in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        draws.on_train_batch_start(SimpleNamespace(current_epoch=0, global_rank=rank), None, None, step)
+        way.loss(model, clip, "t2i")
+    assert torch.equal(drawn[0], drawn[3])
+    assert all((a != b).float().mean() > 0.5 for a, b in itertools.combinations(drawn[:3], 2))
 
 
 def test_stored_tokens_are_enough():

@@ -1,6 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
+from reelm.engine import seeds
 from reelm.lm.decoding import generate
 from reelm.lm.heads import Categorical, Factorized
 from reelm.lm.sampling import Sampling, guide, sample_logits, seeded, truncated
@@ -165,6 +168,14 @@ def test_a_sample_does_not_depend_on_its_neighbours(guidance):
         for i in range(3)
     ]
     assert torch.equal(together, torch.cat(alone))
+
+
+def test_what_is_far_apart_draws_apart():
+    """Of a seed torch's generator on CPUs takes 32 bits, and the parts of a call are further apart."""
+    far = [0, 7, *(7 + getattr(seeds, part) for part in ("WINDOW", "LEVEL", "STAGE", "ACTIONS", "LINK")), 7 + (1 << 33)]
+    drawn = [torch.rand(4, generator=one) for one in seeded(far)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    assert torch.equal(drawn[1], torch.rand(4, generator=torch.Generator().manual_seed(7)))
 
 
 def test_the_same_seed_gives_the_same_tokens():

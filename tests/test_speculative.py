@@ -205,6 +205,20 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(decoding):
         assert [int(n) for numbers, _ in rest for n in numbers] == list(range(20))
 
 
+def test_what_goes_on_does_not_draw_again_what_was_drawn():
+    transformer, head = build("chained")
+    for part in head.scores:  # every code is as probable, whatever came before
+        torch.nn.init.zeros_(part.weight)
+    given, _, where = start(100, 20)
+    for decoding in (Jacobi(6, columns=10_000), Jacobi(6, "maximal", columns=10_000)):
+        arguments = (transformer, head, given, where, Sampling(decoding=decoding), None)
+        made = generate(*arguments, seeded(list(range(100))))[:, :5]
+        rest = torch.cat([ids for _, ids in decode(*arguments, seeded(list(range(100))), made=made)], 1)[:, 5:]
+        for place in range(5):
+            same = (rest[:, place] == made[:, place]).double().mean()
+            assert abs(same - 1 / head.size) < 4 * (1 / head.size * (1 - 1 / head.size) / 100) ** 0.5
+
+
 def test_a_sample_does_not_depend_on_its_neighbours():
     model, sampling = build("chained"), Sampling(guidance=2.0, decoding=Jacobi(6))
     three = passes(model, sampling, 20, rows=3)[0]

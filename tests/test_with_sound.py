@@ -308,6 +308,17 @@ def test_a_sample_does_not_depend_on_its_batch(model, clip, guidance):
     torch.testing.assert_close(alone.video[0], together.video[1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("decoding", [OneByOne(), Jacobi()])
+def test_levels_of_sound_are_drawn_each_by_itself(decoding):
+    model = sounding_model()
+    for level in model.lm.head.sound:  # so that every code is as probable, whatever the levels before
+        torch.nn.init.zeros_(level.scores.weight)
+    given = Given(SHAPE, CAPTIONS[:1] * 40, asks=("video", "audio"), fps=8.0)
+    _, sound = model.draw(given, "t2av", Sampling(guidance=1.0, decoding=decoding), seed=3)
+    alike = (sound[..., 0] == sound[..., 1]).double().mean().item()
+    assert abs(alike - 1 / CODES) < 4 * (1 / CODES * (1 - 1 / CODES) / sound[..., 0].numel()) ** 0.5
+
+
 def test_sound_is_made_in_pieces_where_memory_runs_out(model, clip, monkeypatch):
     given, real = split("t2av", clip), model.audio.decode_latents
     whole = model.generate(given, "t2av", seed=1)
