@@ -178,7 +178,9 @@ class Videos(Dataset[Clip], ABC):
             out = [bool(names & {str(path), path.name, path.stem}) for path in paths]
         chosen = [number for number in everything if out[number] == (split == "validation")]
         if not chosen:
-            raise ValueError(f"{self.where}: no video of {len(out)} is in split={split!r}; change held_out={held_out}")
+            raise ValueError(
+                f"{self.where}: no video of {len(out)} is in split={split!r}; change data.train.held_out={held_out}"
+            )
         return chosen
 
     def __len__(self) -> int:

@@ -187,10 +187,10 @@ class VideoReader:
         if decoder.broken and (want is None or have < want):
             raise decoder.error(f"can be decoded up to frame {decoder.decoded} only, the rest {decoder.broken}")
         if have == 0:
-            raise decoder.error(f"ends before start={start:g} s: choose an earlier start")
+            raise decoder.error(f"ends before start={start:g} s: choose an earlier start, or was the file cut off?")
         if want is not None and have < want and short == "error":
             what = "is a still image" if decoder.still else f"has {have} frames at {rate:.6g} fps from {start:g} s on"
-            raise decoder.error(f"{what}, {want} were asked: lower frames, raise fps or choose short='repeat'")
+            raise decoder.error(f"{what}, {want} were asked: lower frames or raise fps")
 
     def _sound(self, start: float, seconds: float, rate: int, channels: int) -> Tensor | None:
         decoder = self.decoder

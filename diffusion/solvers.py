@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -29,8 +30,8 @@ class Denoising:
             raise ValueError(f"steps is 1 or more; got {self.steps}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is one of {', '.join(SOLVERS)}; got {self.solver}")
-        if self.guidance < 0:
-            raise ValueError(f"guidance is 0 or more (1: none); got {self.guidance}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is a number from 0 on (1: none); got {self.guidance}")
 
 
 def solve(

@@ -26,11 +26,14 @@ def make_chain(
         steps together.
     """
     for task, _ in steps:  # before anything is made
+        own = model.task(task).frames
+        if len(steps) == 1 and own and options.get("frames") not in (None, own):
+            raise ValueError(f"task={task} makes a picture; leave frames=... and seconds=... out")
         lengths(model, task, *(options.get(name) for name in ("frames", "size", "fps")))
     clip, windows, seed = None, Windows(made), options.pop("seed", 0)
     for link, (task, inputs) in enumerate(steps):
         inputs = inputs if clip is None else inputs.after(clip, task)
-        if not model.prompted(task):  # what is said of the whole chain is no mistake here
+        if len(steps) > 1 and not model.prompted(task):  # what is said of the whole chain is no mistake here
             inputs = replace(inputs, prompt="")
         clip = make(model, task, inputs, seed=seed + link * seeds.LINK, made=windows, **options)
     return clip
@@ -65,7 +68,12 @@ def chain_of(links: Sequence[str | Mapping[str, Any]], inputs: Inputs) -> list[t
         mine = replace(inputs.alone(task), **own)
         if steps and task in ("a2v", "av_continuation") and steps[-1][0] not in SOUNDING:
             raise ValueError(f"{task} in chain goes on from sound, and {steps[-1][0]} before it makes none")
-        (mine.after(_BLANK, task) if steps else mine).check(task)
+        if steps:
+            slot = Inputs.slot(task)
+            if slot in own:
+                raise ValueError(f"{task} in chain goes on from what is made before it; leave its {slot}=... out")
+            mine = replace(mine, **{slot: None})
+        (replace(mine, **{slot: _BLANK}) if steps else mine).check(task)
         steps.append((task, mine))
     for name in ("image", "last", "video", "mask", "audio"):
         if getattr(inputs, name) and not any(getattr(mine, name) for _, mine in steps):

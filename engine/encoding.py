@@ -285,6 +285,11 @@ def encode(jobs: Sequence[Encoding], workers: int = 1, backend: str = "local") -
         if any(isinstance(job.tokenizer, TorchScript) for job in jobs):
             raise ValueError("TorchScript programs cannot be sent to other processes, as Ray would; take backend=local")
     present = [job.present() for job in jobs]  # of all, before any is begun
+    for job in jobs:
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write {job.folder}: {error.strerror}; choose another output") from error
     with ending_on_sigterm():
         for job, shards in zip(jobs, present, strict=True):
             _encode(job, shards, workers, backend)

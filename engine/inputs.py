@@ -100,12 +100,17 @@ class Inputs:
         usual = Inputs()
         return replace(self, **{name: getattr(usual, name) for name in NAMES if name not in self.used(task)})
 
-    def after(self, clip: Clip, task: str) -> Inputs:
-        """The inputs of a task that goes on from a clip that was made: as its video, its image, or its sound."""
+    @staticmethod
+    def slot(task: str) -> str:
+        """As what a task goes on from a clip that was made: as its video, its image, or its sound."""
         slot = next((name for name in ("video", "image", "audio") if name in NEEDS.get(task, ())), None)
         if slot is None:
             raise ValueError(f"task={task} takes no clip, so it can only be the first of a chain")
-        return replace(self.alone(task), **{slot: clip})
+        return slot
+
+    def after(self, clip: Clip, task: str) -> Inputs:
+        """The inputs of a task that goes on from a clip that was made."""
+        return replace(self.alone(task), **{self.slot(task): clip})
 
     def sources(self) -> dict[str, str]:
         """The paths that are read, by name."""

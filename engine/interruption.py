@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from reelm.data.writing import whole_file
@@ -101,14 +102,28 @@ class Windows:
 
 def keep_tokens(path: Path, made: list[list[Tensor]], settings: dict[str, Any], dtype: str) -> None:
     """Writes the tokens `(B, n)` of each window, the settings that they depend on, and the format of the products;
-    prints the command that goes on. Where no token was made, it says so."""
+    prints the command that goes on. Where no token was made, or nothing can be written, it says so.
+
+    Where the path cannot be written, it is a file of that name in the folder for temporary files.
+    """
     windows = {f"{i:06d}": torch.cat(pieces, 1).cpu().contiguous() for i, pieces in enumerate(made) if pieces}
     if not windows:
         print("no tokens to be kept are made yet; the same command begins anew", file=sys.stderr)
         return
     notes = {"reelm": json.dumps({"settings": settings, "dtype": dtype})}
-    with whole_file(path) as part:
-        save_file(windows, part, notes)
+    content = save(windows, notes)  # `save_file` would let nobody else read it, and has errors of its own
+    for place in (path, Path(tempfile.gettempdir()) / path.name):
+        try:
+            with whole_file(place) as part:
+                part.write_bytes(content)
+        except OSError as error:
+            reason = error
+            continue
+        path = place
+        break
+    else:
+        print(f"the tokens made so far are lost: {reason}", file=sys.stderr)
+        return
     words = [word for word in sys.argv if not word.startswith("tokens=")]
     print(f"{sum(ids.shape[1] for ids in windows.values())} tokens of each clip are kept; go on with", file=sys.stderr)
     print(shlex.join(["python", *words, f"tokens={path}"]), file=sys.stderr)

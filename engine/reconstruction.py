@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Reconstructions:
     def judge(self, model: str, sheets: Path | None = None, show: Callable[[str], None] = print) -> dict[str, Any]:
         """Means over each video's clips, and over all videos; `sheets`: folder of a contact sheet for each size."""
         tokenizer, _ = load_tokenizer(model, self.trust)
-        paths = _videos(self.videos)
+        names = _names(_videos(self.videos))
         self._check(tokenizer)
         lpips = load_lpips(self.lpips, self.lpips_linear) if self.lpips else None
         report: dict[str, Any] = {"tokenizer": fingerprint(tokenizer), "frames": self.frames, "sizes": {}}
@@ -93,15 +93,15 @@ class Reconstructions:
             each: dict[str, dict[str, list[Result]]] = {}
             tokens: list[Tensor] = []
             rows: list[tuple[str, Tensor]] = []
-            for path in paths:
-                each[path.stem] = defaultdict(list)
+            for path, name in names.items():
+                each[name] = defaultdict(list)
                 for number, clip in enumerate(self._clips(path, size)):
                     tokens.append(tokenizer.encode(clip.video).flatten(0, 2))
                     results = compare(clip, tokenizer, tuple(self.codecs), lpips, _note)
                     for result in results:
-                        each[path.stem][result.name].append(result)
+                        each[name][result.name].append(result)
                     if not number:
-                        rows.append((f"{path.stem}, original", clip.video))
+                        rows.append((f"{name}, original", clip.video))
                         rows += [(_label(result), result.video) for result in results]
             used = token_usage(torch.cat(tokens), tokenizer.vocabulary)
             means = {video: {name: _means(some) for name, some in found.items()} for video, found in each.items()}
@@ -115,6 +115,12 @@ class Reconstructions:
                 pictures = torch.cat([video for _, video in rows])
                 write_contact_sheet(sheets / f"reconstruction_{size}.png", pictures, 6, [text for text, _ in rows])
         return report
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What each video is called: by its stem, or by its whole path where several have the same."""
+    stems = Counter(path.stem for path in dict.fromkeys(paths))
+    return {path: path.stem if stems[path.stem] == 1 else str(path) for path in paths}
 
 
 def _note(text: str) -> None:

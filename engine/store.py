@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from reelm.data.writing import whole_file
@@ -92,7 +92,7 @@ def save(model: nn.Module, folder: str | Path, dtype: str | None = None, notes: 
     packed = _packed(model.state_dict(), dtype)
     config = {"model": description, "dtype": dtype, "notes": notes or {}}
     with whole_file(folder / "model.safetensors") as part:
-        save_file(packed, part)
+        part.write_bytes(save_tensors(packed))  # `save_file` would let nobody else read it, and has errors of its own
     with whole_file(folder / "config.json") as part:
         part.write_text(json.dumps(config, indent=1) + "\n")
 

@@ -42,8 +42,8 @@ class Blocks:
     columns: int = 2
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.columns < 1:
-            raise ValueError(f"rows and columns of blocks are 1 or more; got {self.rows} and {self.columns}")
+        if not all(isinstance(count, int) and count >= 1 for count in (self.rows, self.columns)):
+            raise ValueError(f"rows and columns of blocks are whole numbers; got {self.rows} and {self.columns}")
 
     def __call__(self, run: Run, noise: Noise, made: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         places = _places(run)

@@ -43,14 +43,14 @@ class Sampling:
     decoding: Callable | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is 0 or more; got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is 0 (all tokens) or more; got {self.top_k}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is a number from 0 on; got {self.temperature}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k is 0 (all tokens) or a whole number above; got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p lies in (0, 1]; got {self.top_p}")
-        if self.guidance < 0:
-            raise ValueError(f"guidance is 0 or more (1: none); got {self.guidance}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is a number from 0 on (1: none); got {self.guidance}")
         if self.guidance_schedule not in SCHEDULES:
             raise ValueError(f"guidance_schedule is one of {', '.join(SCHEDULES)}; got {self.guidance_schedule}")
 

@@ -56,8 +56,10 @@ class Jacobi:
     def __post_init__(self) -> None:
         if self.coupling not in COUPLINGS:
             raise ValueError(f"coupling is one of {', '.join(COUPLINGS)}; got {self.coupling}")
-        if self.window < 1:
-            raise ValueError(f"window is 1 or more; got {self.window}")
+        for name in ("window", "columns"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 on; got {value}")
         if self.lenience < 1 or (self.lenience > 1 and self.coupling != "maximal"):
             raise ValueError(
                 f"lenience is 1 (exact), or more with coupling=maximal; got {self.lenience} with {self.coupling}"

@@ -37,10 +37,10 @@ class TokenDenoising:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is 1 or more; got {self.steps}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is 0 or more; got {self.temperature}")
-        if self.guidance < 0:
-            raise ValueError(f"guidance is 0 or more (1: none); got {self.guidance}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is a number from 0 on; got {self.temperature}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is a number from 0 on (1: none); got {self.guidance}")
 
 
 def normal(shape: tuple[int, ...], generator: Generators, device: torch.device | str | None = None) -> Tensor:

@@ -28,7 +28,9 @@ from reelm.engine.errors import MISTAKES, first_line, one_line_errors
 
 CONFIGS = "reelm.conf"
 TEXT = "text"  # where free text stands whose name is that of a group too
+SWEPT = ("train",)  # what -m runs several times: the results of other programs would be written one over the other
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+ALSO_NULL = {"reconstruct": ("memory",), "benchmark": ("model",)}
 ALSO_WORDS = ("trainer.devices", "trainer.num_nodes")  # numbers that may be "auto"
 
 
@@ -106,7 +108,10 @@ def check(config: str, arguments: Sequence[str]) -> None:
     several = [o for o in overrides if o.is_sweep_override()]
     if several and not args.multirun:
         key = several[0].get_key_element()
-        raise ValueError(f"{key} has several values: add -m to run each of them, or write {key}=[...] for a list")
+        each = "add -m to run each of them" if config in SWEPT else "call the program once for each of them"
+        raise ValueError(f"{key} has several values: {each}, or write {key}=[...] for a list")
+    if args.multirun and config not in SWEPT:
+        raise ValueError(f"-m is for train, whose runs have folders of their own; call {config} once for each")
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIGS, version_base=None):
         groups = set(GlobalHydra.instance().config_loader().list_groups(""))
@@ -174,7 +179,10 @@ def _check_job(config: str, texts: list[str], groups: set[str]) -> None:
         settings = _base(config, texts, groups)
         for override in plain:
             if override.key_or_group in settings and override.key_or_group not in groups:
-                _check_value(override.key_or_group, settings[override.key_or_group], override.value())
+                key, value = override.key_or_group, override.value()
+                if config not in SWEPT and "." not in key and key not in ALSO_NULL.get(config, ()):
+                    _check_kind(key, settings[key], value)
+                _check_value(key, settings[key], value)
 
 
 def _base(config: str, texts: Iterable[str], groups: set[str]) -> dict[str, Any]:
@@ -188,6 +196,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + str(name), value
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
+
+
+def _check_kind(key: str, old: Any, new: Any) -> None:
+    """The new value is null only where the one in the file is, and a whole number where that is written as such."""
+    if new is None and old not in (None, ""):
+        raise ValueError(f"{key} cannot be null; leave it out, or give a value such as {old}")
+    if type(old) is int and isinstance(new, float):
+        raise ValueError(f"{key} is a whole number such as {old}; got {new!r}")
 
 
 def _check_value(key: str, old: Any, new: Any) -> None:

@@ -38,6 +38,10 @@ def test_a_chain_gives_each_task_what_the_one_before_made(model, material):
         (["t2v", ["i2v"]], Inputs("x"), "got .'i2v'."),
         (["t2v", "dance"], Inputs("x"), "chain has the task dance, which there is not; tasks are t2v"),
         (["t2v", {"task": "stylization", "prompt": 3}], Inputs("x"), "prompt=3 of stylization in chain is not a text"),
+        (["t2i", {"task": "i2v", "image": "b"}], Inputs("x"), "i2v in chain goes on from .*; leave its image=... out"),
+        (["t2i", {"task": "i2v", "mask": "b"}], Inputs("x"), "task=i2v has no use for mask=b; leave it out"),
+        (["t2v", {"task": "continuation", "start": 1}], Inputs("x"), "task=continuation has no use for start=1; leave"),
+        (["t2i", "i2v"], Inputs("x", image="b"), "no task of chain=.* has a use for image="),
         (["t2v", {"task": "outpainting", "keep": "wide"}], Inputs("x"), "keep=wide of outpainting in chain is not a n"),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_model_of_the_raster_is_asked_in_its_order_and_has_no_masked_head():
         for column in range(first - 1, sequence.length - 1):
             assert not torch.autograd.grad(y[column].sum(), x, retain_graph=True)[0][0, max(column + 1, first) :].any()
     with pytest.raises(ValueError, match="Masked predicts from all sides and PixelCNN sees what is earlier"):
-        LanguageModel(PixelCNN(32, 1), Masked(m.lm.head.vocabulary, 32))
+        LanguageModel(PixelCNN(32, 1), Masked(m.lm.head.vocabulary, 32, Categorical))
 
 
 def step(kind: str, m: VideoLM) -> tuple[torch.Tensor, list[torch.Tensor]]:

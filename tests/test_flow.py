@@ -138,7 +138,7 @@ def test_guidance_goes_beyond_the_text():
     [
         (lambda: Denoising(0), "steps is 1 or more"),
         (lambda: Denoising(solver="rk4"), "solver is one of euler, heun"),
-        (lambda: Denoising(guidance=-1), "guidance is 0 or more"),
+        (lambda: Denoising(guidance=-1), "guidance is a number from 0 on"),
         (lambda: Flow("often"), "times are drawn logit_normal or uniform"),
         (lambda: Flow(std=0), "std and shift are more than 0"),
         (lambda: Conditions(kept=torch.ones(1, 1)), "give known with kept"),

@@ -1,6 +1,7 @@
 """A call of generate: its files, and what outlives its interruption."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from making import FAST
 from reelm.data.clip import Clip
 from reelm.data.reading import probe
 from reelm.data.writing import write_image, write_video
+from reelm.engine import interruption
 from reelm.engine import job as job_file
 from reelm.engine.errors import one_line_errors
 from reelm.engine.inputs import Inputs
@@ -115,6 +117,26 @@ def test_before_the_first_token_nothing_is_kept(tmp_path, capsys):
     keep_tokens(tmp_path / "a.safetensors", [], {}, "float32")
     assert capsys.readouterr().err == "no tokens to be kept are made yet; the same command begins anew\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_go_elsewhere_where_the_disk_is_full(tmp_path, capsys, monkeypatch):
+    made, rest = [[torch.ones(1, 3, dtype=torch.long)]], tmp_path / "rest"
+    full = tmp_path / "a.tokens.safetensors"
+    full.mkdir()  # what is no file cannot be written
+    monkeypatch.setattr(interruption.tempfile, "gettempdir", lambda: str(rest))
+    keep_tokens(full, made, {}, "float32")
+    assert capsys.readouterr().err.endswith(f"tokens={rest / full.name}\n")
+    assert read_tokens(rest / full.name, {})[1][0][0].shape == (1, 3)
+    assert (rest / full.name).stat().st_mode & 0o777 == 0o666 & ~umask()
+    (rest / full.name).unlink()
+    (rest / full.name).mkdir()
+    keep_tokens(full, made, {}, "float32")
+    assert capsys.readouterr().err.startswith("the tokens made so far are lost: cannot write ")
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 @pytest.mark.parametrize("fault", ["decoding", "tokens", "writing"])

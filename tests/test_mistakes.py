@@ -13,6 +13,7 @@ from programs import LM, ROOT, TINY, error_line, process, program
         (["data=zoetrope", "data.train.size=60"], "a clip of 17 frames of 60 x 60 does not fit this tokenizer"),
         (["data=zoetrope", "model=nowhere"], "no model nowhere"),
         (["tokenizer=nowhere"], "no setting tokenizer"),
+        (["data=zoetrope", "passes=1.5"], "passes is a whole number such as 1; got 1.5"),
     ],
 )
 def test_mistakes_in_what_to_encode_are_one_line(arguments, message, tokenizer, capfd, tmp_path):
@@ -92,16 +93,40 @@ def test_what_the_first_batch_shows_leaves_nothing_behind(tokenizer, tmp_path, c
         (["generate", "prompt=x", "frames=4000000001"], "frames=4000000001 with samples=1 take "),
         (["generate", "prompt=x", "model=natural"], "model=natural is a tokenizer alone, which makes no clips"),
         (["generate", "prompt=x", "sampler.steps=5"], "this model has no sampler.steps; it has temperature"),
+        (["generate", "prompt=x", "sampler.guidance=nan"], "guidance is a number from 0 on (1: none); got nan"),
+        (["generate", "prompt=x", "sampler.temperature=inf"], "temperature is a number from 0 on; got inf"),
+        (["generate", "task=unconditional", "prompt=x"], "task=unconditional heeds no prompt; leave prompt='x' out"),
+        (
+            ["generate", "task=t2i", "prompt=x", "seconds=3", "output=a.png"],
+            "task=t2i makes a picture; leave frames",
+        ),
+        (
+            ["generate", "prompt=x", "model=null"],
+            "model cannot be null; leave it out, or give a value such as zoetrope",
+        ),
+        (["generate", "prompt=x", "seed=0,1"], "seed has several values: call the program once for each of them, or"),
+        (["generate", "-m", "prompt=x", "seed=0,1"], "-m is for train, whose runs have folders of their own; call gen"),
+        (
+            ["generate", "prompt=x", "sampler=blocks", "sampler.decoding.rows=1.5"],
+            "rows and columns of blocks are",
+        ),
+        (
+            ["generate", "prompt=x", "sampler=jacobi", "sampler.decoding.window=1.5"],
+            "window is a whole number from",
+        ),
         (["evaluate", "tasks=t2v"], "tasks=t2v is no list; write tasks=[t2v]"),
         (["evaluate", "splits=[odd]"], "unknown split 'odd': choose one of train, validation, compositional"),
-        (["evaluate", "clips=2.5"], "clips=2.5; give a whole number from 1 on"),
+        (["evaluate", "clips=2.5"], "clips is a whole number such as 96; got 2.5"),
         (["evaluate", "tasks=[dance]"], "this model has no task 'dance'; it was trained for t2v"),
     ],
 )
 def test_mistakes_of_users_are_one_line(arguments, message, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *settings = arguments
-    assert program(name, *settings, f"output={tmp_path}/a.{'mp4' if name == 'generate' else 'json'}") == 2
+    output = (
+        [] if any("output" in word for word in settings) else [f"output=a.{'mp4' if name == 'generate' else 'json'}"]
+    )
+    assert program(name, *settings, *output) == 2
     assert error_line(capfd).startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
 
@@ -153,6 +178,8 @@ def test_what_cannot_be_packed_is_told(tokenizer, tmp_path, capfd):
         (["video=nowhere.mp4", "tokenizer=tiny"], "no setting tokenizer"),
         (["video=nowhere.mp4", "size=big"], "size='big' is no number"),
         (["video=nowhere.mp4", "frames=many"], "frames is a number such as 65"),
+        (["video=nowhere.mp4", "frames=null"], "frames cannot be null; leave it out, or give a value such as 65"),
+        (["video=nowhere.mp4", "frames=nan"], "frames is a whole number such as 65; got nan"),
     ],
 )
 def test_mistakes_in_a_reconstruction_are_one_line(arguments, message, capfd, tmp_path):

@@ -51,6 +51,13 @@ def test_means_are_of_what_was_measured(box, tmp_path):
     assert (tmp_path / "reconstruction_48.png").is_file() and "light" in said[1] and "of 16 codes used" in said[1]
 
 
+def test_videos_of_one_name_are_told_apart(box, tmp_path):
+    other = write_video(tmp_path / "dark.mp4", Clip(torch.full((1, 3, 12, 48, 64), 0.9), fps=10.0))
+    videos = [str(box / "videos" / "dark.mp4"), str(other), str(box / "videos" / "light.mp4")]
+    report = Reconstructions(videos, sizes=[32], frames=5, clips_per_video=1).judge(str(box / "tokenizer"))
+    assert set(report["sizes"]["32"]["videos"]) == {*videos[:2], "light"}
+
+
 def test_latents_are_measured_too(box, tmp_path):
     store.save(ClosedLoop(Continuous(3), (4, 4, 4), 16, 1, 1, 1), tmp_path)
     said = []

@@ -259,5 +259,5 @@ def test_mistakes_are_told():
         Jacobi(coupling="none")
     with pytest.raises(ValueError, match="lenience is 1 .exact., or more with coupling=maximal; got 3 with gumbel"):
         Jacobi(4, lenience=3)
-    with pytest.raises(ValueError, match="window is 1 or more; got 0"):
+    with pytest.raises(ValueError, match="window is a whole number from 1 on; got 0"):
         Jacobi(0)

@@ -152,11 +152,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     model = tokenizer()
     store.save(model, tmp_path / "model")
 
-    def full(weights, path):
-        Path(path).write_bytes(b"half")
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         store.save(tokenizer(), tmp_path / "model")
     assert same_weights(store.load(tmp_path / "model"), model)

@@ -210,8 +210,8 @@ def test_a_saved_model_generates_the_same(model, tmp_path):
     "wrong, message",
     [
         (lambda: TokenDenoising(0), "steps is 1 or more"),
-        (lambda: TokenDenoising(temperature=-1), "temperature is 0 or more"),
-        (lambda: TokenDenoising(guidance=-1), "guidance is 0 or more"),
+        (lambda: TokenDenoising(temperature=-1), "temperature is a number from 0 on"),
+        (lambda: TokenDenoising(guidance=-1), "guidance is a number from 0 on"),
         (lambda: TokenDiffusion(Vocabulary(0), 4, 2, repeats=0), "repeats is 1 or more"),
         (lambda: Vocabulary(None), "take head=per_token_diffusion, or a tokenizer with codes"),
     ],
