@@ -123,7 +123,7 @@ class Draws(Callback):
         self._seed = state["seed"]
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        place = (trainer.current_epoch, index, trainer.global_rank)
+        place = (trainer.global_step, index, trainer.global_rank)  # an epoch begins where a run is made longer
         number = np.random.SeedSequence(self._seed, spawn_key=place).generate_state(1)
         L.seed_everything(int(number[0]), verbose=False)
 

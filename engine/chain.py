@@ -26,8 +26,7 @@ def make_chain(
         steps together.
     """
     for task, _ in steps:  # before anything is made
-        own = model.task(task).frames
-        if len(steps) == 1 and own and options.get("frames") not in (None, own):
+        if len(steps) == 1 and model.task(task).frames == 1 and options.get("frames") not in (None, 1):
             raise ValueError(f"task={task} makes a picture; leave frames=... and seconds=... out")
         lengths(model, task, *(options.get(name) for name in ("frames", "size", "fps")))
     clip, windows, seed = None, Windows(made), options.pop("seed", 0)

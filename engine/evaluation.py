@@ -112,20 +112,20 @@ def table(split: str, results: dict[str, Any]) -> str:
 
 def _table(split: str, results: dict[str, Any], attributes: Sequence[str]) -> str:
     columns = [*attributes, "all"]
-    lines = [f"{split:<16}{'':<12}{'scenes':<12}" + "".join(f"{name[:10]:>11}" for name in columns)]
+    lines = [f"{split:<20}{'':<12}{'scenes':<12}" + "".join(f"{name[:10]:>11}" for name in columns)]
     for task, result in results.items():
         for kind in ("generated", "ceiling", "judge", "chance"):
             for scenes, shares in result[kind].items():
                 if scenes == "all" or kind in ("generated", "ceiling"):
                     cells = "".join(f"{100 * shares[c]:>11.1f}" if c in shares else f"{'':>11}" for c in columns)
-                    lines.append(f"{task:<16}{kind:<12}{scenes:<12}{cells}")
+                    lines.append(f"{task:<20}{kind:<12}{scenes:<12}{cells}")
         if task == "unconditional":
-            lines.append(f"{task:<16}{'sensible':<12}{'all':<12}{100 * result['sensible']:>11.1f}")
+            lines.append(f"{task:<20}{'sensible':<12}{'all':<12}{100 * result['sensible']:>11.1f}")
         for measure in ("closes", "even"):
             for kind, share in result.get(measure, {}).items():
-                lines.append(f"{task:<16}{measure:<12}{kind:<12}{100 * share:>11.1f}")
+                lines.append(f"{task:<20}{measure:<12}{kind:<12}{100 * share:>11.1f}")
         for kind, decibels in result.get("last_frame_psnr", {}).items():
-            lines.append(f"{task:<16}{'last frame':<12}{kind:<12}{decibels:>11.1f} dB")
+            lines.append(f"{task:<20}{'last frame':<12}{kind:<12}{decibels:>11.1f} dB")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ def _left_is_faster(rows: int, outputs: int, inputs: int, threads: int) -> bool:
     """Whether this machine is faster with the weights as the left factor; found by trying, in a few products.
 
     Which one is depends on processor and library: of two machines with AVX-512 it took a third of the time on one and
-    twice the time on the other.
+    twice the time on the other. Processes on one machine may choose differently too, which changes how results round.
     """
     x, weight = torch.ones(rows, inputs, device="cpu"), torch.ones(outputs, inputs, device="cpu")
     best = dict.fromkeys((F.linear, _weights_left), float("inf"))

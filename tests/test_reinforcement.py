@@ -115,7 +115,7 @@ def test_each_step_and_process_draws_other_samples():
     clip, draws = clips(2, 1), Draws()
     draws.setup(None, None, "fit")
     for step, rank in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        draws.on_train_batch_start(SimpleNamespace(current_epoch=0, global_rank=rank), None, None, step)
+        draws.on_train_batch_start(SimpleNamespace(global_step=step, global_rank=rank), None, None, step)
         way.loss(model, clip, "t2i")
     assert torch.equal(drawn[0], drawn[3])
     assert all((a != b).float().mean() > 0.5 for a, b in itertools.combinations(drawn[:3], 2))
