@@ -47,6 +47,17 @@ def check_output(path: str | os.PathLike[str], known: Sequence[str]) -> Path:
 
 
 @contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What fails in the block is an OSError of one line that names what was to be written."""
+    try:
+        yield
+    except (OSError, av.error.FFmpegError) as error:
+        raise OSError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another output"
+        ) from error
+
+
+@contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well and goes away when it does not.
 
@@ -55,15 +66,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     part = path.with_name(f".{path.stem[:100]}.{os.getpid()}.part{path.suffix}")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except (OSError, av.error.FFmpegError) as error:
-        raise OSError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another output"
-        ) from error
+        with writing(path):
+            if path.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
     finally:
         with suppress(OSError):
             part.unlink()

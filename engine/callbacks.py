@@ -38,8 +38,8 @@ class WholeFiles(TorchCheckpointIO):
 class Checkpoint(Callback):
     """Saves everything that an exact continuation needs, every so often and on SIGTERM.
 
-    Lightning's checkpoints hold weights, optimiser, schedule, averages and the loader's position, and random state is
-    none (`Draws`). A save happens between optimiser steps only, and the new file replaces the old one at once.
+    Lightning's checkpoints hold weights, optimiser, schedule, averages and the loader's position; there is no random
+    state to keep (`Draws`). A save happens between optimiser steps only, and the new file replaces the old one at once.
 
     Args:
         folder: where `last.ckpt` is kept.

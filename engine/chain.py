@@ -71,8 +71,10 @@ def chain_of(links: Sequence[str | Mapping[str, Any]], inputs: Inputs) -> list[t
             slot = Inputs.slot(task)
             if slot in own:
                 raise ValueError(f"{task} in chain goes on from what is made before it; leave its {slot}=... out")
+            replace(mine, **{slot: _BLANK}).check(task)
             mine = replace(mine, **{slot: None})
-        (replace(mine, **{slot: _BLANK}) if steps else mine).check(task)
+        else:
+            mine.check(task)
         steps.append((task, mine))
     for name in ("image", "last", "video", "mask", "audio"):
         if getattr(inputs, name) and not any(getattr(mine, name) for _, mine in steps):

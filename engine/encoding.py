@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from reelm.data.clip import Clip
 from reelm.data.reading import VideoError
 from reelm.data.tokens import INDEX, Shard, TokenShards, shard_name, write_shard
-from reelm.data.writing import whole_file
+from reelm.data.writing import whole_file, writing
 from reelm.engine import store
 from reelm.engine.torchscript import TorchScript
 from reelm.tokenizers.tokenizer import VideoTokenizer, in_half_precision
@@ -286,10 +286,8 @@ def encode(jobs: Sequence[Encoding], workers: int = 1, backend: str = "local") -
             raise ValueError("TorchScript programs cannot be sent to other processes, as Ray would; take backend=local")
     present = [job.present() for job in jobs]  # of all, before any is begun
     for job in jobs:
-        try:
+        with writing(job.folder):
             job.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot write {job.folder}: {error.strerror}; choose another output") from error
     with ending_on_sigterm():
         for job, shards in zip(jobs, present, strict=True):
             _encode(job, shards, workers, backend)

@@ -100,6 +100,18 @@ class Windows:
         return {"made": self.made[self.number - 1]}
 
 
+def _written(content: bytes, place: Path, *others: Path) -> Path:
+    """The first of these places that can be written, with the content; OSError where none can."""
+    try:
+        with whole_file(place) as part:
+            part.write_bytes(content)
+        return place
+    except OSError:
+        if not others:
+            raise
+        return _written(content, *others)
+
+
 def keep_tokens(path: Path, made: list[list[Tensor]], settings: dict[str, Any], dtype: str) -> None:
     """Writes the tokens `(B, n)` of each window, the settings that they depend on, and the format of the products;
     prints the command that goes on. Where no token was made, or nothing can be written, it says so.
@@ -112,17 +124,10 @@ def keep_tokens(path: Path, made: list[list[Tensor]], settings: dict[str, Any], 
         return
     notes = {"reelm": json.dumps({"settings": settings, "dtype": dtype})}
     content = save(windows, notes)  # `save_file` would let nobody else read it, and has errors of its own
-    for place in (path, Path(tempfile.gettempdir()) / path.name):
-        try:
-            with whole_file(place) as part:
-                part.write_bytes(content)
-        except OSError as error:
-            reason = error
-            continue
-        path = place
-        break
-    else:
-        print(f"the tokens made so far are lost: {reason}", file=sys.stderr)
+    try:
+        path = _written(content, path, Path(tempfile.gettempdir()) / path.name)
+    except OSError as error:
+        print(f"the tokens made so far are lost: {error}", file=sys.stderr)
         return
     words = [word for word in sys.argv if not word.startswith("tokens=")]
     print(f"{sum(ids.shape[1] for ids in windows.values())} tokens of each clip are kept; go on with", file=sys.stderr)

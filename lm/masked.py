@@ -70,7 +70,7 @@ class MaskedSampling(Sampling):
         check_schedule(self.schedule)
         if self.steps < 1:
             raise ValueError(f"steps is 1 or more; got {self.steps}")
-        if self.noise < 0 or (self.final_temperature or 0) < 0:
+        if not all(0 <= value < math.inf for value in (self.noise, self.final_temperature or 0)):
             raise ValueError(f"noise and final_temperature are 0 or more; got {self.noise}, {self.final_temperature}")
 
     def temperature_at(self, progress: float) -> float:

@@ -43,7 +43,9 @@ class Blocks:
 
     def __post_init__(self) -> None:
         if not all(isinstance(count, int) and count >= 1 for count in (self.rows, self.columns)):
-            raise ValueError(f"rows and columns of blocks are whole numbers; got {self.rows} and {self.columns}")
+            raise ValueError(
+                f"rows and columns of blocks are whole numbers from 1 on; got {self.rows} and {self.columns}"
+            )
 
     def __call__(self, run: Run, noise: Noise, made: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         places = _places(run)

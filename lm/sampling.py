@@ -69,7 +69,10 @@ def seeded(seeds: list[int], device: torch.device | str = "cpu") -> list[torch.G
 
 
 def go_on(generator: Generators, number: int) -> None:
-    """Lets generators of a run that stopped after `number` tokens draw what they did not draw before."""
+    """Lets generators of a run that stopped after `number` tokens draw what they did not draw before.
+
+    The highest bit is one that the seeds of other parts do not have.
+    """
     for one in generator if isinstance(generator, list) else [generator]:
         if one is not None:
             one.manual_seed(_folded(one.initial_seed() + (number << 32) + (1 << 63)))

@@ -60,7 +60,7 @@ class Jacobi:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is a whole number from 1 on; got {value}")
-        if self.lenience < 1 or (self.lenience > 1 and self.coupling != "maximal"):
+        if not self.lenience >= 1 or (self.lenience > 1 and self.coupling != "maximal"):
             raise ValueError(
                 f"lenience is 1 (exact), or more with coupling=maximal; got {self.lenience} with {self.coupling}"
             )

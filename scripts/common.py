@@ -30,7 +30,10 @@ CONFIGS = "reelm.conf"
 TEXT = "text"  # where free text stands whose name is that of a group too
 SWEPT = ("train",)  # what -m runs several times: the results of other programs would be written one over the other
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
-ALSO_NULL = {"reconstruct": ("memory",), "benchmark": ("model",)}
+ALSO_NULL = {  # what may be null although it is not in the file, by program
+    "reconstruct": ("memory",),
+    "benchmark": ("model",),
+}
 ALSO_WORDS = ("trainer.devices", "trainer.num_nodes")  # numbers that may be "auto"
 
 

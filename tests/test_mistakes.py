@@ -23,6 +23,14 @@ def test_mistakes_in_what_to_encode_are_one_line(arguments, message, tokenizer, 
     assert not (tmp_path / "new").exists()
 
 
+def test_where_tokens_cannot_be_written_is_told_before_any_is_made(tokenizer, capfd, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    given = (f"model={tokenizer}/model", "data=zoetrope", "workers=0", f"output={tmp_path}/file")
+    assert program("encode", *given) == 2
+    said = capfd.readouterr()
+    assert said.err.splitlines()[-1].startswith(f"error: cannot write {tmp_path}/file/") and "clips/s" not in said.out
+
+
 def test_training_again_needs_a_word(tokenizer, capfd):
     assert program("train", "stage=tokenizer", f"output={tokenizer}", *TINY) == 2
     assert "continue it with resume=true" in error_line(capfd)
@@ -94,6 +102,8 @@ def test_what_the_first_batch_shows_leaves_nothing_behind(tokenizer, tmp_path, c
         (["generate", "prompt=x", "model=natural"], "model=natural is a tokenizer alone, which makes no clips"),
         (["generate", "prompt=x", "sampler.steps=5"], "this model has no sampler.steps; it has temperature"),
         (["generate", "prompt=x", "sampler.guidance=nan"], "guidance is a number from 0 on (1: none); got nan"),
+        (["generate", "prompt=x", "sampler=fast", "sampler.decoding.lenience=nan"], "lenience is 1 (exact), or more"),
+        (["generate", "prompt=x", "sampler=masked", "sampler.noise=nan"], "noise and final_temperature are 0 or more"),
         (["generate", "prompt=x", "sampler.temperature=inf"], "temperature is a number from 0 on; got inf"),
         (["generate", "task=unconditional", "prompt=x"], "task=unconditional heeds no prompt; leave prompt='x' out"),
         (

@@ -91,5 +91,5 @@ def test_an_interrupted_run_goes_on(decoding):
 
 
 def test_impossible_blocks_are_refused():
-    with pytest.raises(ValueError, match="rows and columns of blocks are whole numbers; got 0 and 2"):
+    with pytest.raises(ValueError, match="rows and columns of blocks are whole numbers from 1 on; got 0 and 2"):
         Blocks(0, 2)

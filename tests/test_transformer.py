@@ -1,4 +1,4 @@
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,9 +182,17 @@ def test_products_of_few_rows_are_the_same_in_either_way(rows, left, monkeypatch
 
 @pytest.mark.parametrize("seconds, left", (((0.01, 0.002), True), ((0.002, 0.01), False), ((0.01, 0.0099), False)))
 def test_products_of_few_rows_go_the_way_that_is_clearly_faster_here(seconds, left, monkeypatch):
-    slow = [lambda *factors, wait=wait: time.sleep(wait) for wait in seconds]
-    monkeypatch.setattr(few_rows.F, "linear", slow[0])
-    monkeypatch.setattr(few_rows, "_weights_left", slow[1])
+    clock = [0.0]
+
+    def product(taken: float):
+        def passing(*factors) -> None:
+            clock[0] += taken
+
+        return passing
+
+    monkeypatch.setattr(few_rows, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(few_rows.F, "linear", product(seconds[0]))
+    monkeypatch.setattr(few_rows, "_weights_left", product(seconds[1]))
     assert few_rows._left_is_faster.__wrapped__(1, 6, 8, 1) is left
 
 
