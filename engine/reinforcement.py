@@ -61,7 +61,7 @@ class Reinforcement:
             raise ValueError(f"reward.weight={self.weight}; give a number above 0")
         way = self.sampling
         exact = isinstance(way, Sampling) and isinstance(way.decoding, OneByOne | None)
-        if not exact or way.guidance != 1 or way.temperature != 1:
+        if not exact or way.guidance != 1 or way.temperature != 1 or way.of_sound.temperature != 1:
             raise ValueError("reward.sampling draws codes one by one, with guidance=1 and temperature=1")
 
     def check(self, head: nn.Module) -> None:

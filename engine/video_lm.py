@@ -159,7 +159,7 @@ class VideoLM(VideoModel):
         """
         given, sound, heard = batch.given, self.packer.sound, self.packer.sound.known(batch.given)
         exact = isinstance(sampling.decoding, OneByOne | Jacobi)
-        sampling = sampling if exact else replace(sampling, decoding=Jacobi())
+        sampling = sampling.of_sound if exact else replace(sampling.of_sound, decoding=Jacobi())
         made = []
         for level, where in enumerate(sound.places(given, self.device)):
             ids = torch.zeros(len(given), len(where), dtype=torch.long, device=self.device)
@@ -179,6 +179,8 @@ class VideoLM(VideoModel):
         if isinstance(sampling, MaskedSampling | MaskedDenoising) and not self.packer.masked:
             name, head = "masked" if self.packer.space is None else "masked_denoising", type(self.lm.visual).__name__
             raise ValueError(f"sampler={name} needs a model with a masked head; this one's is {head}: leave it out")
+        if self.audio is None and getattr(sampling, "sound_temperature", None) is not None:
+            raise ValueError("this model makes no sound; leave sampler.sound_temperature out")
         decoding = getattr(sampling, "decoding", None)
         if decoding is not None and self.packer.masked:
             name = type(decoding).__name__

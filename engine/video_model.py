@@ -124,7 +124,8 @@ class VideoModel(nn.Module):
             own = getattr(self.sampling, name)
             number, given = (isinstance(x, (int, float)) and not isinstance(x, bool) for x in (own, value))
             if own is None and isinstance(value, str):
-                raise ValueError(f"sampler.{name} cannot be {value!r}; ways to decode are chosen by sampler={value}")
+                hint = f"ways to decode are chosen by sampler={value}" if name == "decoding" else "give a number"
+                raise ValueError(f"sampler.{name} cannot be {value!r}; {hint}")
             if own is not None and (number != given or (isinstance(own, int) and not isinstance(value, int))):
                 kind = "a whole number" if isinstance(own, int) else "a number" if number else "a word"
                 raise ValueError(f"sampler.{name} is {kind} such as {own}; got {value!r}")

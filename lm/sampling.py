@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Sampling:
     guidance: scale of classifier-free guidance; 1: none.
     guidance_schedule: "constant", or guidance that grows from 1 at the first token to its scale at the last: "linear"
         (as in Muse, arXiv:2301.00704, section 2.7) or "cosine".
+    sound_temperature: of the tokens of sound; None: the same.
     decoding: in which passes the tokens are made (`decoding.Decoding`); None: one after the other, or in those that the
         caller prefers.
     """
@@ -40,11 +41,13 @@ class Sampling:
     top_p: float = 1.0
     guidance: float = 1.0
     guidance_schedule: str = "constant"
+    sound_temperature: float | None = None
     decoding: Callable | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is a number from 0 on; got {self.temperature}")
+        for name in ("temperature", "sound_temperature"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name} is a number from 0 on; got {getattr(self, name)}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k is 0 (all tokens) or a whole number above; got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -53,6 +56,11 @@ class Sampling:
             raise ValueError(f"guidance is a number from 0 on (1: none); got {self.guidance}")
         if self.guidance_schedule not in SCHEDULES:
             raise ValueError(f"guidance_schedule is one of {', '.join(SCHEDULES)}; got {self.guidance_schedule}")
+
+    @property
+    def of_sound(self) -> Sampling:
+        """How to choose tokens of sound."""
+        return self if self.sound_temperature is None else replace(self, temperature=self.sound_temperature)
 
     def scale(self, progress: Tensor) -> Tensor:
         """Scales of guidance where this share of the tokens, in [0, 1], is made."""

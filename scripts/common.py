@@ -115,6 +115,10 @@ def check(config: str, arguments: Sequence[str]) -> None:
         raise ValueError(f"{key} has several values: {each}, or write {key}=[...] for a list")
     if args.multirun and config not in SWEPT:
         raise ValueError(f"-m is for train, whose runs have folders of their own; call {config} once for each")
+    for override in overrides:
+        if override.is_delete() and "." not in override.key_or_group:
+            name = override.key_or_group
+            raise ValueError(f"~{name}: no setting can be taken away; give {name} another value (--help shows all)")
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIGS, version_base=None):
         groups = set(GlobalHydra.instance().config_loader().list_groups(""))
@@ -157,6 +161,12 @@ def _single(override: Override) -> list[str]:
 
 
 def _check_job(config: str, texts: list[str], groups: set[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(texts):
+        if override.key_or_group in groups and override.type is not None and override.value() is None:
+            names = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
+            raise ValueError(
+                f"{override.key_or_group} cannot be null; leave it out (choose from {', '.join(sorted(names))})"
+            )
     try:
         cfg = compose(config, texts)
     except MissingConfigException as error:

@@ -177,6 +177,8 @@ def test_optimisation_and_sampler_build():
         (["--steps", "3"], "unknown option --steps"),
         (["-m", "head=categorical,factorised"], "unknown head 'factorised'; did you mean factorized?"),
         (["-m", "lm.depth=2,x"], "lm.depth is a number such as 8; got 'x'"),
+        (["~seed"], "~seed: no setting can be taken away; give seed another value"),
+        (["head=null"], "head cannot be null; leave it out (choose from categorical, "),
         (["~lm.dpth"], "no setting lm.dpth; did you mean lm.depth?"),
     ],
 )

@@ -183,7 +183,7 @@ def test_mistakes(tokenizer, tmp_path, capfd):
     for wrong in (1, 2.5):
         with pytest.raises(ValueError, match=f"reward.samples={wrong}; give 2 or more"):
             Reinforcement(lambda *_: None, samples=wrong)
-    for wrong in ({"guidance": 2.0}, {"temperature": 0.5}, {"decoding": Diagonal()}):
+    for wrong in ({"guidance": 2.0}, {"temperature": 0.5}, {"sound_temperature": 0.5}, {"decoding": Diagonal()}):
         with pytest.raises(ValueError, match="draws codes one by one, with guidance=1 and temperature=1"):
             Reinforcement(lambda *_: None, sampling=Sampling(**wrong))
     for wrong in (0, -1, float("nan")):

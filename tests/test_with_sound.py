@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from making import small_model
 from reelm.data.clip import Clip
 from reelm.engine import store
 from reelm.engine.video_lm import VideoLM
@@ -236,6 +237,8 @@ def test_a_model_without_sound_says_so(model, clip):
     for name in LOUD:
         with pytest.raises(ValueError, match="neither hears nor makes sound"):
             silent.pack(split(name, clip), 0)
+    with pytest.raises(ValueError, match="this model makes no sound; leave sampler.sound_temperature out"):
+        small_model().generate(CAPTIONS[0], sampling=replace(FAST, sound_temperature=1.0))
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -317,6 +320,17 @@ def test_levels_of_sound_are_drawn_each_by_itself(decoding):
     _, sound = model.draw(given, "t2av", Sampling(guidance=1.0, decoding=decoding), seed=3)
     alike = (sound[..., 0] == sound[..., 1]).double().mean().item()
     assert abs(alike - 1 / CODES) < 4 * (1 / CODES * (1 - 1 / CODES) / sound[..., 0].numel()) ** 0.5
+
+
+def test_sound_has_a_temperature_of_its_own(model, clip):
+    given, told = split("t2av", clip), split("v2a", clip)
+    plain, greedy = Sampling(guidance=2.0), Sampling(guidance=2.0, sound_temperature=0.0)
+    first, second = (model.draw(given, "t2av", way, seed=3) for way in (plain, greedy))
+    assert torch.equal(first[0].tokens, second[0].tokens) and not torch.equal(first[1], second[1])
+    own = [model.draw(told, "v2a", way, seed=5)[1] for way in (greedy, Sampling(temperature=0.0, guidance=2.0))]
+    assert torch.equal(*own)
+    with pytest.raises(ValueError, match="sound_temperature is a number from 0 on; got -1"):
+        Sampling(sound_temperature=-1)
 
 
 def test_sound_is_made_in_pieces_where_memory_runs_out(model, clip, monkeypatch):
