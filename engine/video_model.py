@@ -123,7 +123,7 @@ class VideoModel(nn.Module):
                 raise ValueError(f"this model has no sampler.{name}; it has {', '.join(names)}")
             own = getattr(self.sampling, name)
             number, given = (isinstance(x, (int, float)) and not isinstance(x, bool) for x in (own, value))
-            if own is None and isinstance(value, str):
+            if own is None and (isinstance(value, str) if name == "decoding" else not given):
                 hint = f"ways to decode are chosen by sampler={value}" if name == "decoding" else "give a number"
                 raise ValueError(f"sampler.{name} cannot be {value!r}; {hint}")
             if own is not None and (number != given or (isinstance(own, int) and not isinstance(value, int))):

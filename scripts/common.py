@@ -161,7 +161,8 @@ def _single(override: Override) -> list[str]:
 
 
 def _check_job(config: str, texts: list[str], groups: set[str]) -> None:
-    for override in OverridesParser.create().parse_overrides(texts):
+    overrides = OverridesParser.create().parse_overrides(texts)
+    for override in overrides:
         if override.key_or_group in groups and override.type is not None and override.value() is None:
             names = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
             raise ValueError(
@@ -187,7 +188,7 @@ def _check_job(config: str, texts: list[str], groups: set[str]) -> None:
     missing = [name for name, value in _flat(OmegaConf.to_container(cfg)) if value == "???"]
     if missing:
         raise ValueError(f"{missing[0]} is not set; give {missing[0]}=...")
-    plain = [o for o in OverridesParser.create().parse_overrides(texts) if o.type is not None and not o.is_delete()]
+    plain = [o for o in overrides if o.type is not None and not o.is_delete()]
     if plain:
         settings = _base(config, texts, groups)
         for override in plain:
